@@ -1,0 +1,468 @@
+"""The seam to Prefect: the only module that uses its client.
+
+`Orchestrator` says what supervision needs; `PrefectOrchestrator` does it over HTTP and the event
+stream. Every call may be repeated: creations carry keys under which the server makes one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from uuid import UUID, uuid4
+
+import anyio
+import attrs
+import httpx
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import FlowRunCreate, StateCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.states import Pending, Scheduled, to_state_create
+from prefect.tasks import Task
+from prefect.types._datetime import now
+from prefect.utilities.slugify import slugify
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
+
+from supervised._errors import (
+    DeploymentNotFoundError,
+    NoApiError,
+    ParametersError,
+    ServerUnreachableError,
+)
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.responses import DeploymentResponse
+    from prefect.events import Event
+    from prefect.flows import Flow
+
+T = TypeVar("T")
+
+LIVE_STATES = [
+    StateType.SCHEDULED,
+    StateType.PENDING,
+    StateType.RUNNING,
+    StateType.PAUSED,
+    StateType.CANCELLING,
+]
+_PAGE = 200  # the server's maximum for reads
+_BULK = 50  # the server's maximum for bulk_set_state
+_LAUNCH_PATIENCE_SECONDS = 30.0
+
+
+@attrs.frozen(kw_only=True)
+class Deployment:
+    """What a launch needs to know of a deployment."""
+
+    id: UUID
+    name: str
+    version: str | None
+    paused: bool
+
+
+@attrs.frozen(kw_only=True)
+class RunRequest:
+    """What a child's run is created with; the same for every kind of child."""
+
+    name: str | None
+    parameters: Mapping[str, Any]
+    tags: Sequence[str]
+    labels: Mapping[str, Any]
+    idempotency_key: str
+    parent_run_id: UUID
+    tracking_key: str
+    task_inputs: Mapping[str, Any]
+    scheduled_time: datetime | None = None
+    work_queue_name: str | None = None
+    job_variables: Mapping[str, Any] | None = None
+
+
+@attrs.frozen
+class Ack:
+    """The server's answer to a request for cancellation."""
+
+    run_id: UUID
+    state: State | None
+    detail: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the run is being cancelled, or over already."""
+        return self.state is not None and (self.state.is_cancelling() or self.state.is_final())
+
+
+@attrs.frozen
+class RunEvent:
+    """A change of state, as the event stream tells it: a hint, to be confirmed by a read."""
+
+    run_id: UUID
+    state_type: StateType
+    state_name: str | None = None
+
+
+class Orchestrator(Protocol):
+    """What supervision needs of Prefect."""
+
+    async def read_deployment(self, target: str | UUID) -> Deployment: ...
+
+    async def create_deployment_run(
+        self, deployment: Deployment, request: RunRequest
+    ) -> FlowRun: ...
+
+    async def create_inline_run(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun: ...
+
+    async def read_runs(self, run_ids: Iterable[UUID]) -> list[FlowRun]: ...
+
+    async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]: ...
+
+    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]: ...
+
+    async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]: ...
+
+    async def close_run(self, run_id: UUID, message: str) -> State | None: ...
+
+    async def nudge(self, run_id: UUID) -> None: ...
+
+    async def update_labels(self, run_id: UUID, labels: Mapping[str, Any]) -> None: ...
+
+    def subscribe(
+        self, resources: Sequence[str]
+    ) -> AbstractAsyncContextManager[AsyncIterator[RunEvent]]: ...
+
+
+@asynccontextmanager
+async def open_orchestrator() -> AsyncIterator[PrefectOrchestrator]:
+    """Open a client of our own to the API that the current settings name.
+
+    Raises:
+        NoApiError: If no API is configured and an ephemeral one may not be started.
+    """
+    try:
+        client = get_client()
+    except ValueError as exc:
+        raise NoApiError(
+            "No Prefect API is configured. Set PREFECT_API_URL, for example: "
+            "prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api"
+        ) from exc
+    async with client:
+        yield PrefectOrchestrator(client)
+
+
+class PrefectOrchestrator:
+    """The real Prefect, over one client that belongs to the control plane."""
+
+    def __init__(self, client: PrefectClient) -> None:
+        self._client = client
+        self._deployments: dict[str | UUID, Deployment] = {}
+        self._flow_ids: dict[str, UUID] = {}
+        self._lookup = anyio.Lock()
+        self._bulk = True
+        # Concurrent writers collide on SQLite and wait for each other's locks: four launches
+        # took 2 to 6 s side by side, and 0.4 s one after another.
+        self._one_write = anyio.CapacityLimiter(1)
+
+    async def read_deployment(self, target: str | UUID) -> Deployment:
+        """Return a deployment by id or by *flow/deployment* name, looked up once.
+
+        Raises:
+            DeploymentNotFoundError: If the server has none.
+            ServerUnreachableError: If the server did not answer in time.
+        """
+        async with self._lookup:
+            if target not in self._deployments:
+                self._deployments[target] = await self._patiently(lambda: self._find(target))
+            return self._deployments[target]
+
+    async def _find(self, target: str | UUID) -> Deployment:
+        try:
+            found: DeploymentResponse = (
+                await self._client.read_deployment(target)
+                if isinstance(target, UUID)
+                else await self._client.read_deployment_by_name(target)
+            )
+        except ObjectNotFound as exc:
+            raise DeploymentNotFoundError(
+                f"The server at {self._client.api_url} has no deployment {str(target)!r}. "
+                "List them with: prefect deployment ls"
+            ) from exc
+        name = str(target)
+        if isinstance(target, UUID):
+            flow = await self._client.read_flow(found.flow_id)
+            name = f"{flow.name}/{found.name}"
+        return Deployment(id=found.id, name=name, version=found.version, paused=found.paused)
+
+    async def create_deployment_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
+        """Create a deployment's run, or return the one that the same key made before.
+
+        Raises:
+            ParametersError: If the deployment's schema refuses the parameters.
+            ServerUnreachableError: If the server did not answer in time.
+        """
+        task = Task[..., Any](name=deployment.name, fn=_nothing, version=deployment.version)
+        parent = await self._track(task, request)
+        return await self._patiently(
+            lambda: self._client.create_flow_run_from_deployment(
+                deployment.id,
+                parameters=dict(request.parameters),
+                state=Scheduled(scheduled_time=request.scheduled_time or now("UTC")),
+                name=request.name,
+                tags=request.tags,
+                idempotency_key=request.idempotency_key,
+                parent_task_run_id=parent,
+                work_queue_name=request.work_queue_name,
+                job_variables=dict(request.job_variables) if request.job_variables else None,
+                labels=dict(request.labels),
+            ),
+        )
+
+    async def create_inline_run(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun:
+        """Create the run of a flow that is about to run in this process.
+
+        Prefect's engine would create it without labels or key, and would hand a retried parent
+        another child's result, because it matches by position (flow_engine.py,
+        `load_subflow_run`); under a run of ours it does neither.
+        """
+        parent = await self._track(
+            Task[..., Any](name=flow.name, fn=_nothing, version=flow.version), request
+        )
+        if flow.name not in self._flow_ids:
+            self._flow_ids[flow.name] = await self._patiently(
+                lambda: self._client.create_flow_from_name(flow.name)
+            )
+        body = FlowRunCreate(
+            flow_id=self._flow_ids[flow.name],
+            flow_version=flow.version,
+            name=request.name,
+            parameters=flow.serialize_parameters(dict(request.parameters)),
+            tags=list(request.tags),
+            labels=dict(request.labels),
+            parent_task_run_id=parent,
+            idempotency_key=request.idempotency_key,
+            state=to_state_create(Pending()),
+            empirical_policy=FlowRunPolicy(
+                retries=flow.retries, retry_delay=int(flow.retry_delay_seconds or 0)
+            ),
+        ).model_dump(mode="json", exclude_unset=True)
+        response = await self._patiently(
+            lambda: self._client.request("POST", "/flow_runs/", json=body)
+        )
+        run = FlowRun.model_validate(response.json())
+        run.parameters = dict(request.parameters)
+        return run
+
+    async def _track(self, task: Task[..., Any], request: RunRequest) -> UUID:
+        """Create the task run that links a child to its parent, as `run_deployment` does."""
+        task.task_key = f"supervised.spawn.{slugify(task.name)}"
+        tracking = await self._patiently(
+            lambda: self._client.create_task_run(
+                task=task,
+                flow_run_id=request.parent_run_id,
+                dynamic_key=request.tracking_key,
+                task_inputs=dict(request.task_inputs),
+                state=Pending(),
+            )
+        )
+        return tracking.id
+
+    async def _patiently(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Make a request for a launch; wait out a server that cannot be reached.
+
+        Raises:
+            ServerUnreachableError: If it stays unreachable for 30 s.
+            ParametersError: If the server says that the parameters do not fit.
+        """
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(httpx.TransportError),
+            wait=wait_exponential_jitter(initial=0.2, max=3, jitter=0.3),
+            stop=stop_after_delay(_LAUNCH_PATIENCE_SECONDS),
+            reraise=True,
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    async with self._one_write:
+                        return await request()
+        except httpx.TransportError as exc:
+            raise ServerUnreachableError(
+                f"The Prefect server did not answer for {_LAUNCH_PATIENCE_SECONDS:.0f} s "
+                f"({type(exc).__name__}: {exc}). Check that it runs, and PREFECT_API_URL."
+            ) from exc
+        except PrefectHTTPStatusError as exc:
+            if exc.response.status_code in {400, 409, 422}:
+                raise ParametersError(f"The server refused the run: {_detail(exc)}") from exc
+            raise
+        raise AssertionError("unreachable")  # pragma: no cover - tenacity re-raises
+
+    async def read_runs(self, run_ids: Iterable[UUID]) -> list[FlowRun]:
+        """Return the runs of these ids that the server knows."""
+        found: list[FlowRun] = []
+        for chunk in _chunks(run_ids, _PAGE):
+            found += await self._read(FlowRunFilter(id=FlowRunFilterId(any_=chunk)))
+        return found
+
+    async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]:
+        """Return all runs with a tag."""
+        state = FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE_STATES))
+        return await self._read(
+            FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state if live_only else None)
+        )
+
+    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]:
+        """Return the direct children of these runs, by Prefect's own parent link."""
+        found: list[FlowRun] = []
+        for chunk in _chunks(parents, _PAGE):
+            found += await self._read(
+                FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=chunk))
+            )
+        return found
+
+    async def _read(self, run_filter: FlowRunFilter) -> list[FlowRun]:
+        found: list[FlowRun] = []
+        while True:
+            page = await self._client.read_flow_runs(
+                flow_run_filter=run_filter,
+                sort=FlowRunSort.ID_DESC,
+                limit=_PAGE,
+                offset=len(found),
+            )
+            found += page
+            if len(page) < _PAGE:
+                return found
+
+    async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]:
+        """Propose `Cancelling` to many runs, 50 a request.
+
+        Never forced: a forced `Cancelling` resurrects a run that is over. The server turns a
+        run that has not started straight into `Cancelled`, and leaves a terminal one alone.
+        """
+        acks: list[Ack] = []
+        for chunk in _chunks(run_ids, _BULK):
+            acks += await self._cancel_chunk(chunk, message)
+        return acks
+
+    async def _cancel_chunk(self, run_ids: list[UUID], message: str) -> list[Ack]:
+        state = StateCreate(type=StateType.CANCELLING, name="Cancelling", message=message)
+        body = {
+            "flow_runs": {"id": {"any_": [str(run_id) for run_id in run_ids]}},
+            "state": state.model_dump(mode="json", exclude_unset=True),
+            "limit": _BULK,
+        }
+        if self._bulk:
+            try:
+                response = await self._client.request("POST", _BULK_ROUTE, json=body)
+            except PrefectHTTPStatusError as exc:
+                if exc.response.status_code not in {403, 404, 405, 501}:
+                    raise
+                self._bulk = False  # before 3.6.16, or not offered here
+            else:
+                return _read_acks(run_ids, response.json()["results"])
+        return [await self._cancel_one(run_id, state) for run_id in run_ids]
+
+    async def _cancel_one(self, run_id: UUID, state: StateCreate) -> Ack:
+        proposed = State(type=StateType.CANCELLING, name="Cancelling", message=state.message)
+        try:
+            answer = await self._client.set_flow_run_state(run_id, proposed)
+        except ObjectNotFound:
+            return Ack(run_id, None, "the server no longer knows the run")
+        if answer.state is not None:
+            return Ack(run_id, answer.state)
+        # An abort carries no state: the run is over, or refuses; a read tells which.
+        (run,) = await self.read_runs([run_id]) or (None,)
+        return Ack(run_id, run.state if run else None, "aborted")
+
+    async def close_run(self, run_id: UUID, message: str) -> State | None:
+        """Write `Cancelled` over a run that is known to have no process."""
+        state: State = State(type=StateType.CANCELLED, name="Cancelled", message=message)
+        return (await self._client.set_flow_run_state(run_id, state)).state
+
+    async def nudge(self, run_id: UUID) -> None:
+        """Tell runners once more that a run is to be cancelled, without touching its state.
+
+        A runner drops the notice of a run whose process it has not registered yet, and never
+        looks again (runner/_cancellation_manager.py, "no process was found").
+        """
+        event = {
+            "id": str(uuid4()),
+            "occurred": now("UTC").isoformat(),
+            "event": "prefect.flow-run.Cancelling",
+            "resource": {"prefect.resource.id": f"prefect.flow-run.{run_id}"},
+            "payload": {"supervised": "repeated for a runner that was not ready"},
+        }
+        await self._client.request("POST", "/events", json=[event])
+
+    async def update_labels(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
+        """Add labels to a run."""
+        await self._client.update_flow_run_labels(run_id, dict(labels))
+
+    @asynccontextmanager
+    async def subscribe(self, resources: Sequence[str]) -> AsyncIterator[AsyncIterator[RunEvent]]:
+        """Open a stream of the changes of state that involve any of these resources.
+
+        `any_resource`, because the server does not apply `related` to live streams. The stream
+        may drop, repeat, replay and end; it never proves anything.
+        """
+        event_filter = EventFilter(
+            event=EventNameFilter(prefix=["prefect.flow-run."]),
+            any_resource=EventAnyResourceFilter(id=list(resources)),
+        )
+        async with get_events_subscriber(event_filter, reconnection_attempts=0) as subscriber:
+            yield _run_events(subscriber)
+
+
+_BULK_ROUTE: Any = "/flow_runs/bulk_set_state"  # not in the client's Literal of routes
+
+
+async def _run_events(events: AsyncIterator[Event]) -> AsyncIterator[RunEvent]:
+    async for event in events:
+        state_type = event.resource.get("prefect.state-type")
+        if state_type is not None:
+            run_id = event.resource.id.removeprefix("prefect.flow-run.")
+            yield RunEvent(
+                UUID(run_id), StateType(state_type), event.resource.get("prefect.state-name")
+            )
+
+
+def _nothing() -> None:
+    """Stand in for the function of a tracking task, which never runs."""
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterable[list[T]]:
+    everything = list(items)
+    return (everything[start : start + size] for start in range(0, len(everything), size))
+
+
+def _read_acks(run_ids: Sequence[UUID], results: list[dict[str, Any]]) -> list[Ack]:
+    answers = {UUID(result["flow_run_id"]): result for result in results}
+    acks: list[Ack] = []
+    for run_id in run_ids:
+        result = answers.get(run_id)
+        if result is None:
+            acks.append(Ack(run_id, None, "the server no longer knows the run"))
+            continue
+        state = State.model_validate(result["state"]) if result.get("state") else None
+        acks.append(Ack(run_id, state, str((result.get("details") or {}).get("reason") or "")))
+    return acks
+
+
+def _detail(exc: PrefectHTTPStatusError) -> str:
+    try:
+        return str(exc.response.json().get("detail", exc))
+    except ValueError:
+        return str(exc)

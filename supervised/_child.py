@@ -1,0 +1,463 @@
+"""The handle of one child: thread-safe, settled once, awaitable from any loop or thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult
+from prefect.futures import PrefectFuture
+from prefect.states import Pending
+from prefect.types._datetime import now
+from prefect.utilities.urls import url_for
+
+from supervised import _telemetry
+from supervised._errors import (
+    ChildCancelled,
+    ChildCrashed,
+    ChildError,
+    ChildFailed,
+    ChildTimedOut,
+    SpawnError,
+)
+from supervised._types import CancelReason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import FlowRun, State
+
+    from supervised._types import Action, Cause, Kind, Outcome
+
+logger = logging.getLogger("prefect.supervised.child")
+
+R = TypeVar("R")
+
+_ERRORS: dict[Outcome, type[ChildError]] = {
+    "failed": ChildFailed,
+    "crashed": ChildCrashed,
+    "timed_out": ChildTimedOut,
+    "cancelled": ChildCancelled,
+    "abandoned": ChildCancelled,
+}
+_NO_RESULT: Any = object()
+
+
+class Child(PrefectFuture[R], Generic[R]):
+    """A run that a supervisor launched and will not outlive.
+
+    Returned by `supervisor.spawn`, never built by hand. It satisfies Prefect's future protocol,
+    so `prefect.futures.wait`, `as_completed` and `task.submit(wait_for=[child])` take it.
+
+    Example:
+        ```python
+        child = supervisor.spawn("score/gpu", {"part": 1})
+        score = await child  # its result, or ChildFailed, ChildCancelled, ...
+        ```
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        kind: Kind,
+        key: str,
+        target: str,
+        on_parent: Mapping[Cause, Action],
+        on_done: Callable[[Child[Any]], None],
+        ask_cancel: Callable[[Child[Any], CancelReason], None],
+        ask_detach: Callable[[Child[Any]], None],
+        timeout_seconds: float | None = None,
+    ) -> None:
+        self.name = name
+        self.kind: Kind = kind
+        self.key = key
+        self.target = target
+        self.generation = 0
+        self.on_parent = on_parent
+        self.timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._callbacks: list[Callable[[Child[R]], None]] = []
+        self._on_done = on_done
+        self._ask_cancel = ask_cancel
+        self._ask_detach = ask_detach
+        self._flow_run: FlowRun | None = None
+        self._state: State[Any] | None = None
+        self._final_state: State[Any] | None = None
+        self._outcome: Outcome | None = None
+        self._value: Any = _NO_RESULT
+        self._exception: BaseException | None = None
+        self._waiters = 0
+        self.delivered = False
+        self.cancel_reason: CancelReason | None = None
+        self.requested_at: datetime | None = None
+        self.acknowledged_at: datetime | None = None
+        self.ended_at: datetime | None = None
+        self.span: _telemetry.ChildSpan | None = None
+        self.escalations: list[str] = []
+        self.is_queued = False  # waits for a slot, so the server knows nothing of it
+        self.detach_requested = False
+        # Set for children that run in this process: asks the running code to stop.
+        self.interrupt: Callable[..., None] | None = None
+        # The loop an inline async child runs in; waiting there synchronously would deadlock.
+        self.home_loop: asyncio.AbstractEventLoop | None = None
+
+    def __repr__(self) -> str:
+        run = f" {self.flow_run_id}" if self.flow_run_id else ""
+        return f"<Child {self.name!r} {self.kind} {self.outcome or self.state.name}{run}>"
+
+    # -- what it is -------------------------------------------------------------------------
+
+    @property
+    def flow_run_id(self) -> UUID | None:
+        """The id of the child's flow run; `None` until the server has created it."""
+        return self._flow_run.id if self._flow_run is not None else None
+
+    @property
+    def flow_run(self) -> FlowRun | None:
+        """The child's flow run as it was when it was created; `None` before that."""
+        return self._flow_run
+
+    @property
+    def task_run_id(self) -> Any:
+        """The id of the tracking task run that links the child to its parent's run."""
+        return self._flow_run.parent_task_run_id if self._flow_run is not None else None
+
+    @property
+    def state(self) -> State[Any]:
+        """The child's last known Prefect state; `Pending` before it has one."""
+        return self._state or Pending(message="The run is being created.")
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the child ended; `None` while it lives."""
+        return self._outcome
+
+    @property
+    def url(self) -> str | None:
+        """The run's page in Prefect's UI, where one is configured."""
+        return url_for("flow-run", obj_id=self.flow_run_id) if self.flow_run_id else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the child has an outcome."""
+        return self._done.is_set()
+
+    # -- waiting ----------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the child is over, whatever its outcome.
+
+        Args:
+            timeout: Seconds after which to return all the same; `None` for as long as it takes.
+
+        Raises:
+            RuntimeError: If called in the event loop that the child itself needs.
+        """
+        self._refuse_deadlock()
+        with self._waiting():
+            self._done.wait(timeout)
+
+    async def wait_async(self, timeout: float | None = None) -> None:
+        """Wait in the running event loop until the child is over, whatever its outcome.
+
+        Args:
+            timeout: Seconds after which to return all the same; `None` for as long as it takes.
+        """
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+
+        def wake(_: Child[R]) -> None:
+            try:
+                loop.call_soon_threadsafe(over.set)
+            except RuntimeError:  # the loop is closed: nobody waits there any more
+                pass
+
+        with self._waiting():
+            self.add_done_callback(wake)
+            try:
+                await asyncio.wait_for(over.wait(), timeout)
+            except asyncio.TimeoutError:
+                return
+            finally:
+                self._remove_done_callback(wake)
+
+    def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
+        """Return the child's result, waiting for it if need be.
+
+        Args:
+            timeout: Seconds to wait; `None` for as long as it takes.
+            raise_on_failure: If false, return the exception instead of raising it.
+
+        Returns:
+            What the flow returned; `None` for a deployment that persisted no result.
+
+        Raises:
+            TimeoutError: If the child is not over in time. It goes on running.
+            ChildError: If it did not complete: `ChildFailed`, `ChildCrashed`, `ChildTimedOut`
+                or `ChildCancelled`, with the child's own exception as `__cause__`.
+            SpawnError: If it could not be launched.
+        """
+        self.wait(timeout)
+        self._require_over(timeout)
+        if self._outcome == "completed":
+            return self._stored_value(self._load_sync)
+        return self._failure(raise_on_failure, self._load_exception_sync())
+
+    async def aresult(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
+        """Return the child's result, waiting for it in the running loop; see `result`."""
+        with self._waiting():
+            await self.wait_async(timeout)
+            self._require_over(timeout)
+            if self._outcome == "completed":
+                if self._value is _NO_RESULT:
+                    self._value = await self._load()
+                return self._value
+            return self._failure(raise_on_failure, await self._load_exception())
+
+    def __await__(self) -> Generator[Any, Any, R]:
+        return self.aresult().__await__()
+
+    def add_done_callback(self, fn: Callable[[Any], None]) -> None:
+        """Call *fn* with this child when it is over, at once if it is; from any thread."""
+        with self._lock:
+            if not self._done.is_set():
+                self._callbacks.append(fn)
+                return
+        fn(self)
+
+    # -- acting -----------------------------------------------------------------------------
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Ask for the child's cancellation, its own children included, and return at once.
+
+        A child that is still being launched is cancelled as soon as it has a run. Cancelling a
+        child that is over does nothing.
+
+        Args:
+            reason: One clause for people; it is kept in the run's state and on its span.
+        """
+        message = reason or "its handle was cancelled"
+        self._ask_cancel(self, CancelReason(source="explicit", message=message))
+
+    def detach(self) -> None:
+        """Let the child go on, whatever becomes of its parent. There is no way back."""
+        self._ask_detach(self)
+
+    # -- for the supervisor -----------------------------------------------------------------
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for this child right now, and so will hear how it ended."""
+        return self._waiters > 0
+
+    @property
+    def exception(self) -> BaseException | None:
+        """The child's own exception, or why it could not be launched."""
+        return self._exception
+
+    def assign_run(self, flow_run: FlowRun) -> None:
+        """Record the run that the server created."""
+        self._flow_run = flow_run
+        if self._state is None:
+            self._state = flow_run.state
+        if self.span is not None:
+            self.span.created(str(flow_run.id))
+
+    def observe(self, state: State[Any]) -> None:
+        """Record a state that does not end the child."""
+        if self._done.is_set():
+            return
+        was_running = self._state is not None and self._state.is_running()
+        self._state = state
+        if state.is_running() and not was_running and self.span is not None:
+            self.span.running()
+
+    def mark_cancel(self, reason: CancelReason) -> bool:
+        """Record who asked first for the cancellation; false if the child is over."""
+        with self._lock:
+            if self._done.is_set():
+                return False
+            if self.cancel_reason is None:
+                self.cancel_reason = reason
+                self.requested_at = now("UTC")
+                if self.span is not None:
+                    self.span.cancel_requested(reason)
+        if self.is_queued:
+            self.settle("cancelled")
+        return True
+
+    def mark_acknowledged(self) -> None:
+        """Record that the server has accepted the request."""
+        if self.acknowledged_at is None:
+            self.acknowledged_at = now("UTC")
+            if self.span is not None:
+                self.span.cancel_acknowledged()
+
+    def settle(
+        self,
+        outcome: Outcome,
+        *,
+        state: State[Any] | None = None,
+        value: Any = _NO_RESULT,
+        exception: BaseException | None = None,
+    ) -> bool:
+        """End the child, once; later calls change nothing and return false."""
+        reason = self.cancel_reason
+        if outcome == "cancelled" and reason is not None and reason.source == "deadline":
+            outcome = "timed_out"
+        with self._lock:
+            if self._done.is_set():
+                return False
+            self._outcome = outcome
+            self._value = value
+            self._exception = exception
+            if state is not None:
+                self._state = state
+            self._final_state = self._state
+            self.ended_at = now("UTC")
+            self.delivered = self._waiters > 0
+            callbacks, self._callbacks = self._callbacks, []
+            self._done.set()
+        if self.span is not None:
+            self.span.end(outcome, state=self._state, exception=exception, end_ns=time.time_ns())
+        # First the scope, so that whoever wakes up finds the siblings' fate decided.
+        self._on_done(self)
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:
+                logger.exception("A done callback of child %r raised", self.name)
+        return True
+
+    def error(self, cause: BaseException | None = None) -> BaseException:
+        """Return the exception that tells how the child ended."""
+        if isinstance(self._exception, SpawnError):
+            return self._exception
+        outcome = self._outcome or "failed"
+        error = _ERRORS.get(outcome, ChildFailed)(
+            self._describe(cause),
+            child=self.name,
+            flow_run_id=self.flow_run_id,
+            state=self._state,
+            reason=self.cancel_reason,
+            url=self.url,
+        )
+        error.__cause__ = cause
+        return error
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _waiting(self) -> _Waiting:
+        return _Waiting(self)
+
+    def _remove_done_callback(self, fn: Callable[[Any], None]) -> None:
+        with self._lock:
+            if fn in self._callbacks:
+                self._callbacks.remove(fn)
+
+    def _refuse_deadlock(self) -> None:
+        if self._done.is_set() or self.home_loop is None:
+            return
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if running is self.home_loop:
+            raise RuntimeError(
+                f"Child {self.name!r} runs in this event loop, so waiting for it without `await` "
+                "would never end. Use `await child`, or `await child.aresult()`."
+            )
+
+    def _require_over(self, timeout: float | None) -> None:
+        if not self._done.is_set():
+            raise TimeoutError(f"Child {self.name!r} is not over after {timeout} s")
+        self.delivered = True
+
+    def _failure(self, raise_on_failure: bool, cause: BaseException | None) -> Any:
+        error = self.error(cause)
+        if raise_on_failure:
+            raise error
+        return error
+
+    def _stored_value(self, load: Callable[[], Any]) -> Any:
+        if self._value is _NO_RESULT:
+            self._value = load()
+        return self._value
+
+    def _load_sync(self) -> Any:
+        if self._state is None or self._state.data is None:
+            return None
+        try:
+            return self._state.result(raise_on_failure=False, _sync=True)  # type: ignore[call-arg]
+        except MissingResult:
+            return None
+
+    async def _load(self) -> Any:
+        if self._state is None or self._state.data is None:
+            return None
+        try:
+            return await self._state.aresult(raise_on_failure=False)
+        except MissingResult:
+            return None
+
+    def _load_exception_sync(self) -> BaseException | None:
+        if self._exception is not None or not self._has_stored_exception():
+            return self._exception
+        assert self._state is not None
+        return _own_exception(
+            self._state.result(raise_on_failure=False, _sync=True)  # type: ignore[call-arg]
+        )
+
+    async def _load_exception(self) -> BaseException | None:
+        if self._exception is not None or not self._has_stored_exception():
+            return self._exception
+        assert self._state is not None
+        return _own_exception(await self._state.aresult(raise_on_failure=False))
+
+    def _has_stored_exception(self) -> bool:
+        return self._state is not None and self._state.is_failed() and self._state.data is not None
+
+    def _describe(self, cause: BaseException | None) -> str:
+        state = self.state
+        if self._outcome in {"cancelled", "abandoned"}:
+            because = f" because {self.cancel_reason}" if self.cancel_reason else ""
+            tail = " and may still be alive" if self._outcome == "abandoned" else ""
+            return f"was cancelled{because}{tail}."
+        if self._outcome == "timed_out":
+            return f"timed out: {state.message or state.name}"
+        verb = "crashed" if self._outcome == "crashed" else "failed"
+        if cause is not None:
+            return f"{verb}: {type(cause).__name__}: {cause}"
+        return f"{verb}: {state.message or state.name}"
+
+
+class _Waiting:
+    """Counts a waiter, so that the supervisor knows that a failure will be heard."""
+
+    def __init__(self, child: Child[Any]) -> None:
+        self._child = child
+
+    def __enter__(self) -> None:
+        with self._child._lock:
+            self._child._waiters += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._child._lock:
+            self._child._waiters -= 1
+
+
+def _own_exception(stored: object) -> BaseException | None:
+    """Return the user's exception; Prefect's stand-ins say no more than the state does."""
+    if isinstance(stored, BaseException) and not isinstance(
+        stored, (FailedRun, CrashedRun, CancelledRun)
+    ):
+        return stored
+    return None

@@ -1,0 +1,85 @@
+"""Everything we use of Prefect beyond its public surface, and what its versions do differently.
+
+Each entry has a feature check and a fallback, and `tests/contract/test_prefect_internals.py`
+says when Prefect changes it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefect.flow_engine import run_flow
+from prefect.utilities.asyncutils import run_coro_as_sync
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Coroutine, Mapping
+
+    from prefect.client.schemas.objects import FlowRun, State
+    from prefect.context import FlowRunContext
+    from prefect.flows import Flow
+
+try:
+    from prefect.telemetry.run_telemetry import LABELS_TRACEPARENT_KEY as TRACEPARENT_LABEL
+except ImportError:  # pragma: no cover - every Prefect since 3.1.11 has it
+    TRACEPARENT_LABEL = "__OTEL_TRACEPARENT"
+
+RUN_DEPLOYMENT_TASK_KEY = "prefect.deployments.flow_runs.run_deployment."
+"""What the tracking tasks of plain `run_deployment` calls start with (deployments/flow_runs.py)."""
+
+
+def termination_intent() -> str | None:
+    """Return why a runner is stopping this process, e.g. *cancel*; `None` if it is not."""
+    try:
+        from prefect._internal.control_listener import get_intent
+    except ImportError:  # pragma: no cover - before 3.7.1 the module lived elsewhere
+        return None
+    return get_intent()
+
+
+def runner_owns(flow_run_id: object) -> bool:
+    """Whether a runner started this process for that very run, and will signal it.
+
+    Subprocesses of a run inherit the variables, so an id must match; `flow.serve()` sets none.
+    """
+    owner = os.environ.get("PREFECT__FLOW_RUN_ID", "").lower()
+    return not engine_owns_cancellation() and owner in {"", str(flow_run_id)}
+
+
+def has_sigterm_bridge() -> bool:
+    """Whether SIGTERM raises `TerminationSignal` in the main thread right now."""
+    handler = signal.getsignal(signal.SIGTERM)
+    return callable(handler) and getattr(handler, "__module__", "").startswith("prefect.")
+
+
+def plain_launches(context: FlowRunContext) -> bool:
+    """Whether this run, or a task of it, called plain `run_deployment`.
+
+    Prefect counts the tracking tasks of a run in its context, so knowing costs no request.
+    """
+    return any(key.startswith(RUN_DEPLOYMENT_TASK_KEY) for key in context.task_run_dynamic_keys)
+
+
+def run_flow_inline(
+    flow: Flow[..., Any],
+    flow_run: FlowRun,
+    parameters: Mapping[str, Any],
+    return_type: Literal["state", "result"] = "state",
+) -> Awaitable[State] | State:
+    """Run a flow in this process under a flow run that exists already."""
+    result: Any = run_flow(
+        flow, flow_run=flow_run, parameters=dict(parameters), return_type=return_type
+    )
+    return result
+
+
+def engine_owns_cancellation() -> bool:
+    """Whether Prefect's engine, not a runner, is to run `on_cancellation` hooks here."""
+    value = os.environ.get("PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS", "true")
+    return value.lower() == "true"
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine from sync code, whether or not a loop runs in this thread."""
+    run_coro_as_sync(coroutine)

@@ -1,0 +1,185 @@
+"""The control plane: one thread with its own event loop, shared by all scopes of a process.
+
+Supervision must not depend on the user's loop. A SIGTERM that lands while a background task is
+executing becomes that task's exception and the flow never hears of it; a CPU-bound or sync body
+blocks its loop; a cancelled anyio scope re-cancels every plain `await`. None of that reaches
+this thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextvars
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, ClassVar, Generic, TypeVar
+
+from prefect.context import SettingsContext, get_settings_context
+from typing_extensions import Self
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_CLOSE_SECONDS = 5.0
+
+
+class ControlPlane(Generic[S]):
+    """A thread that runs coroutines over services that it opens and closes.
+
+    Scopes share one instance for each Prefect API through `acquire`; the thread ends when the
+    last of them has called `release`. A forked child starts without any.
+
+    Args:
+        services: Opens what the coroutines work with, inside the new thread's loop.
+    """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _running: ClassVar[dict[str, ControlPlane[Any]]] = {}
+
+    def __init__(self, services: Callable[[], AbstractAsyncContextManager[S]]) -> None:
+        self._open_services = services
+        self._users = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ready = threading.Event()
+        self._services: concurrent.futures.Future[S] = concurrent.futures.Future()
+        self.stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._settings = get_settings_context()
+        # An empty context, or the run's own would live on here: its client is closed with it.
+        self._context = contextvars.Context()
+        self._thread = threading.Thread(
+            target=self._context.copy().run,
+            args=(self._main,),
+            name="supervised-control",
+            daemon=True,
+        )
+
+    @classmethod
+    def acquire(cls, services: Callable[[], AbstractAsyncContextManager[S]]) -> Self:
+        """Return the running plane for the current settings, started if need be."""
+        key = str(get_settings_context().settings.hash_key())
+        with cls._lock:
+            plane = cls._running.get(key)
+            if plane is None or plane._users == 0:
+                plane = cls._running[key] = cls(services)
+                plane._thread.start()
+            plane._users += 1
+        plane._ready.wait()
+        return plane  # type: ignore[return-value]
+
+    def release(self) -> concurrent.futures.Future[None] | None:
+        """Give the plane up; the last user gets the future of its end."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return None
+            for key, plane in list(self._running.items()):
+                if plane is self:
+                    del self._running[key]
+        self.call_soon(self._stop.set)
+        return self.stopped
+
+    def submit(self, function: Callable[[S], Awaitable[T]]) -> concurrent.futures.Future[T]:
+        """Run *function* over the services; the future carries its result or exception."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        async def run() -> None:
+            try:
+                services = await asyncio.wrap_future(self._services)
+                result = await function(services)
+            except asyncio.CancelledError:
+                future.cancel()
+                raise
+            except BaseException as exc:  # noqa: BLE001 - it belongs to whoever holds the future
+                _resolve(future, exception=exc)
+            else:
+                _resolve(future, result=result)
+
+        def start() -> None:
+            task = asyncio.get_running_loop().create_task(run())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        if not self.call_soon(start):
+            future.cancel()
+        return future
+
+    def call_soon(self, function: Callable[[], object]) -> bool:
+        """Call *function* in the plane's loop; false if the plane is gone."""
+        if self._loop is None:
+            return False
+        try:
+            # Not the caller's context: it holds the run's client and task.
+            self._loop.call_soon_threadsafe(function, context=self._context.copy())
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
+
+    def is_current_thread(self) -> bool:
+        """Whether the caller is the plane itself, which must never wait for itself."""
+        return threading.current_thread() is self._thread
+
+    def _main(self) -> None:
+        try:
+            with SettingsContext(profile=self._settings.profile, settings=self._settings.settings):
+                asyncio.run(self._serve())
+        finally:
+            self._ready.set()
+            if not self._services.done():
+                self._services.cancel()
+            _resolve(self.stopped, result=None)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready.set()
+        try:
+            async with self._open_services() as services:
+                self._services.set_result(services)
+                await self._stop.wait()
+                await self._finish_tasks()
+        except Exception as exc:
+            if self._services.done():
+                raise
+            self._services.set_exception(exc)
+            await self._stop.wait()
+
+    async def _finish_tasks(self) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
+
+
+def _resolve(
+    future: concurrent.futures.Future[Any],
+    *,
+    result: Any = None,
+    exception: BaseException | None = None,
+) -> None:
+    """Settle a future that its holder may have cancelled in the meantime."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if exception is not None:
+        future.set_exception(exception)
+    else:
+        future.set_result(result)
+
+
+def _forget_after_fork() -> None:
+    """Drop planes whose threads did not come along into this process."""
+    ControlPlane._lock = threading.Lock()
+    ControlPlane._running = {}
+
+
+def _stop_at_exit() -> None:
+    """Let planes close their connections; only an interrupted scope leaves one behind."""
+    for plane in list(ControlPlane._running.values()):
+        plane.call_soon(plane._stop.set)
+        plane._thread.join(_CLOSE_SECONDS)
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+atexit.register(_stop_at_exit)

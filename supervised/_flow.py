@@ -1,0 +1,314 @@
+"""`@supervised_flow` and the flow it makes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from prefect.context import FlowRunContext
+from prefect.flows import Flow
+from typing_extensions import ParamSpec
+
+from supervised import _scope
+from supervised._hooks import HOOK_OPTIONS, normalise_hook, normalise_hooks
+from supervised._policy import check_seconds, resolve_on_parent
+from supervised._supervisor import Supervisor
+from supervised._types import OnChildFailure, OnParent, ScopeOptions
+
+if TYPE_CHECKING:
+    from prefect.deployments.storage import ReadableDeploymentStorage  # type: ignore[import-not-found]
+    from prefect.flows import FlowStateHook
+    from prefect.futures import PrefectFuture
+    from prefect.results import ResultSerializer, ResultStorage
+    from prefect.runner.storage import RunnerStorage
+    from prefect.task_runners import TaskRunner
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FAILURE_POLICIES = ("cancel_siblings", "wait", "ignore")
+
+
+class SupervisedFlow(Flow[P, R], Generic[P, R]):
+    """A Prefect flow whose runs end everything that they launched.
+
+    Made by `supervised_flow`; it is a `prefect.Flow` in every respect, and takes the same
+    arguments, then those of the scope.
+
+    Args:
+        fn: The user's function.
+        scope_options: What `supervised_flow` adds to the options of `flow`.
+    """
+
+    def __init__(
+        self, fn: Any, *args: Any, scope_options: ScopeOptions | None = None, **kwargs: Any
+    ) -> None:
+        for option in HOOK_OPTIONS:
+            if option in kwargs:
+                kwargs[option] = normalise_hooks(option, kwargs[option])
+        # First the original: version, entrypoint, parameters and kind are read off its code.
+        super().__init__(fn, *args, **kwargs)
+        self.scope_options = scope_options or ScopeOptions()
+        self._supervise(self.fn)
+
+    def _supervise(self, original: Callable[..., Any]) -> None:
+        self.unsupervised_fn: Callable[..., Any] = original
+        # Prefect runs `fn`, not `__call__`, for everything that a runner starts.
+        self.fn = _wrap(original, self.scope_options)
+
+    def with_options(self, **options: Any) -> SupervisedFlow[P, R]:  # type: ignore[override]
+        """Return a copy with other options, those of the scope included.
+
+        Args:
+            **options: Options of `Flow.with_options`, and `grace_seconds`, `on_parent`,
+                `on_child_failure`, `max_concurrent`.
+
+        Raises:
+            TypeError: If an option does not exist.
+        """
+        given = {name: options.pop(name) for name in _SCOPE_OPTION_NAMES if name in options}
+        hooks = {
+            name: normalise_hooks(name, options.pop(name))
+            for name in HOOK_OPTIONS
+            if name in options
+        }
+        plain = super().with_options(**options, **hooks)
+        new = copy.copy(self)
+        new.__dict__.update(plain.__dict__)
+        new.scope_options = _scope_options(base=self.scope_options, **given)
+        new._supervise(self.unsupervised_fn)
+        return new
+
+    def __get__(self, instance: Any, owner: Any) -> SupervisedFlow[P, R]:
+        """Bind the flow as a method, on a function of its own.
+
+        Prefect's binding marks the one shared function, so the last instance bound wins for
+        all of them (prefect/flows.py, `Flow.__get__`).
+        """
+        if not self.isclassmethod and instance is None:
+            return self
+        bound = copy.copy(self)
+        bound._supervise(self.unsupervised_fn)
+        if self.isclassmethod:
+            bound.fn.__prefect_cls__ = owner  # type: ignore[attr-defined]
+        elif not self.isstaticmethod:
+            bound.fn.__prefect_self__ = instance  # type: ignore[attr-defined]
+        return bound
+
+    def on_completion(self, fn: FlowStateHook[P, R]) -> FlowStateHook[P, R]:
+        """Add a hook that runs when a run completes."""
+        self.on_completion_hooks.append(normalise_hook("on_completion", fn))
+        return fn
+
+    def on_failure(self, fn: FlowStateHook[P, R]) -> FlowStateHook[P, R]:
+        """Add a hook that runs when a run fails."""
+        self.on_failure_hooks.append(normalise_hook("on_failure", fn))
+        return fn
+
+    def on_cancellation(self, fn: FlowStateHook[P, R]) -> FlowStateHook[P, R]:
+        """Add a hook that runs when a run is cancelled."""
+        self.on_cancellation_hooks.append(normalise_hook("on_cancellation", fn))
+        return fn
+
+    def on_crashed(self, fn: FlowStateHook[P, R]) -> FlowStateHook[P, R]:
+        """Add a hook that runs when a run crashes."""
+        self.on_crashed_hooks.append(normalise_hook("on_crashed", fn))
+        return fn
+
+    def on_running(self, fn: FlowStateHook[P, R]) -> FlowStateHook[P, R]:
+        """Add a hook that runs when a run starts."""
+        self.on_running_hooks.append(normalise_hook("on_running", fn))
+        return fn
+
+
+def _wrap(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
+    """Return *fn* run in a scope; of the same kind, because Prefect picks its engine by it."""
+    if inspect.isasyncgenfunction(fn):
+        return _wrap_async_generator(fn, options)
+    if inspect.isgeneratorfunction(fn):
+        return _wrap_generator(fn, options)
+    if inspect.iscoroutinefunction(fn):
+        return _wrap_async(fn, options)
+    return _wrap_sync(fn, options)
+
+
+def _wrap_sync(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def supervised(*args: Any, **kwargs: Any) -> Any:
+        supervisor = _open(options)
+        if supervisor is None:
+            return fn(*args, **kwargs)
+        return _scope.run_sync(supervisor, functools.partial(fn, *args, **kwargs))
+
+    return supervised
+
+
+def _wrap_async(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    async def supervised(*args: Any, **kwargs: Any) -> Any:
+        supervisor = _open(options)
+        if supervisor is None:
+            return await fn(*args, **kwargs)
+        return await _scope.run_async(supervisor, functools.partial(fn, *args, **kwargs))
+
+    return supervised
+
+
+def _wrap_generator(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def supervised(*args: Any, **kwargs: Any) -> Any:
+        supervisor = _open(options)
+        if supervisor is None:
+            return (yield from fn(*args, **kwargs))
+        return (yield from _scope.run_generator(supervisor, fn(*args, **kwargs)))
+
+    return supervised
+
+
+def _wrap_async_generator(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    async def supervised(*args: Any, **kwargs: Any) -> Any:
+        supervisor = _open(options)
+        generator = fn(*args, **kwargs)
+        if supervisor is not None:
+            generator = _scope.run_async_generator(supervisor, generator)
+        try:
+            async for item in generator:
+                yield item
+        finally:
+            await generator.aclose()
+
+    return supervised
+
+
+def _open(options: ScopeOptions) -> Supervisor | None:
+    """Return a supervisor for the current run; outside any run there is nothing to supervise."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None or context.flow is None:
+        return None
+    return Supervisor(options, context.flow, context)
+
+
+_SCOPE_OPTION_NAMES = ("grace_seconds", "on_parent", "on_child_failure", "max_concurrent")
+
+
+def _scope_options(
+    *,
+    base: ScopeOptions | None = None,
+    grace_seconds: float | None = None,
+    on_parent: OnParent | None = None,
+    on_child_failure: OnChildFailure | None = None,
+    max_concurrent: int | None = None,
+) -> ScopeOptions:
+    """Return validated options over *base*.
+
+    Raises:
+        ValueError: If a value is out of range, or a word is not understood.
+    """
+    base = base or ScopeOptions()
+    if on_child_failure is not None and on_child_failure not in _FAILURE_POLICIES:
+        raise ValueError(
+            f"on_child_failure: {on_child_failure!r} is no policy; "
+            f"use {', '.join(_FAILURE_POLICIES)}"
+        )
+    if max_concurrent is not None and max_concurrent < 1:
+        raise ValueError(f"max_concurrent must be 1 or more; got {max_concurrent!r}")
+    grace = check_seconds("grace_seconds", grace_seconds)
+    return ScopeOptions(
+        grace_seconds=base.grace_seconds if grace is None else grace,
+        on_parent=resolve_on_parent(on_parent, base.on_parent),
+        on_child_failure=on_child_failure or base.on_child_failure,
+        max_concurrent=max_concurrent if max_concurrent is not None else base.max_concurrent,
+    )
+
+
+class SupervisedFlowDecorator:
+    """The type of `supervised_flow`; call it as you would call `prefect.flow`."""
+
+    @overload
+    def __call__(self, __fn: Callable[P, R]) -> SupervisedFlow[P, R]: ...
+
+    @overload
+    def __call__(
+        self,
+        __fn: None = None,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        flow_run_name: Callable[[], str] | str | None = None,
+        retries: int | None = None,
+        retry_delay_seconds: float | None = None,
+        task_runner: TaskRunner[PrefectFuture[Any]]
+        | type[TaskRunner[PrefectFuture[Any]]]
+        | None = None,
+        description: str | None = None,
+        timeout_seconds: float | None = None,
+        validate_parameters: bool = True,
+        persist_result: bool | None = None,
+        result_storage: ResultStorage | str | None = None,
+        result_serializer: ResultSerializer | None = None,
+        cache_result_in_memory: bool = True,
+        log_prints: bool | None = None,
+        on_completion: Hooks | None = None,
+        on_failure: Hooks | None = None,
+        on_cancellation: Hooks | None = None,
+        on_crashed: Hooks | None = None,
+        on_running: Hooks | None = None,
+        grace_seconds: float | None = None,
+        on_parent: OnParent | None = None,
+        on_child_failure: OnChildFailure | None = None,
+        max_concurrent: int | None = None,
+    ) -> Callable[[Callable[P, R]], SupervisedFlow[P, R]]: ...
+
+    def __call__(self, __fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """Make a function a supervised flow.
+
+        Replaces `@flow`, bare or called. A flow that spawns nothing behaves as under `@flow`.
+        All options of `prefect.flow` pass through.
+
+        Args:
+            __fn: The function, for the bare form.
+            grace_seconds: Seconds that a whole teardown may take; 20 by default, because a
+                runner kills a process 30 s after it asked it to end.
+            on_parent: What the end of a run does to its children, by default: *completed* waits
+                for them, everything else cancels them.
+            on_child_failure: What a failed child does: *cancel_siblings* (default) ends the
+                scope, *wait* lets the others finish and then raises, *ignore* leaves it to the
+                handle.
+            max_concurrent: Children launched and not over at any one time; no limit by default.
+            **options: Every option of `prefect.flow`. Hooks may be one callable or a list, of
+                three arguments of any names.
+
+        Returns:
+            The flow, or a decorator that makes it.
+
+        Raises:
+            TypeError: If a hook cannot be called with three arguments, or is not callable.
+            ValueError: If a scope option is out of range.
+
+        Example:
+            ```python
+            @supervised_flow(retries=1, grace_seconds=10)
+            async def nightly(day: str) -> None:
+                supervisor.spawn("score/gpu", {"day": day})
+            ```
+        """
+        if __fn is None:
+            return functools.partial(self, **options)
+        scope = {name: options.pop(name) for name in _SCOPE_OPTION_NAMES if name in options}
+        return SupervisedFlow(__fn, scope_options=_scope_options(**scope), **options)
+
+    @staticmethod
+    def from_source(
+        source: str | Path | RunnerStorage | ReadableDeploymentStorage, entrypoint: str
+    ) -> Flow[..., Any] | Coroutine[Any, Any, Flow[..., Any]]:
+        """Load a flow from a remote source, as `prefect.flow.from_source` does."""
+        return Flow.from_source(source, entrypoint)
+
+
+Hooks = Any
+supervised_flow = SupervisedFlowDecorator()

@@ -1,0 +1,140 @@
+"""How a run of ours is recognised with no memory of it: tag, labels, keys. Pure functions.
+
+A tag can be filtered on and subscribed to but is copied with a run; labels cannot be filtered
+on. So the tag finds, and labels together with the idempotency key prove.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import attrs
+from prefect.utilities.hashing import hash_objects
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from supervised._types import Action, Cause
+
+_MARK = re.compile(r"\[supervised by ([0-9a-f-]{36})\]")
+
+TAG_PREFIX = "supervised:"
+ROOT = "supervised.root"
+PARENT = "supervised.parent"
+PATH = "supervised.path"
+KEY = "supervised.key"
+GENERATION = "supervised.generation"
+ON_PARENT = "supervised.on_parent"
+DETACHED = "supervised.detached"
+
+Labels = dict[str, Any]
+
+
+@attrs.frozen
+class Lineage:
+    """Where a run stands in its tree.
+
+    Args:
+        run_id: The run itself.
+        path: Its supervised ancestors, from the root down, the run itself last.
+    """
+
+    run_id: UUID
+    path: tuple[UUID, ...]
+
+    @property
+    def root(self) -> UUID:
+        """The run at the top of the tree."""
+        return self.path[0]
+
+    @property
+    def tag(self) -> str:
+        """The tag that every run below the root carries."""
+        return TAG_PREFIX + str(self.root)
+
+    def nested(self, run_id: UUID) -> Lineage:
+        """Return the lineage of a run directly below this one."""
+        return Lineage(run_id, (*self.path, run_id))
+
+
+def lineage_of(run_id: UUID, labels: Mapping[str, Any]) -> Lineage:
+    """Return the lineage that a run's labels state; a run without them is a root."""
+    path = labels.get(PATH)
+    if not isinstance(path, str) or labels.get(DETACHED):
+        return Lineage(run_id, (run_id,))
+    try:
+        return Lineage(run_id, (*(UUID(part) for part in path.split("/")), run_id))
+    except ValueError:
+        return Lineage(run_id, (run_id,))
+
+
+def child_labels(
+    parent: Lineage, *, key: str, generation: int, on_parent: Mapping[Cause, Action]
+) -> Labels:
+    """Return the labels of a child; they say all that a stranger needs to supervise it."""
+    labels: Labels = {
+        ROOT: str(parent.root),
+        PARENT: str(parent.run_id),
+        PATH: "/".join(str(run_id) for run_id in parent.path),
+        KEY: key,
+        GENERATION: generation,
+        ON_PARENT: ",".join(f"{cause}={action}" for cause, action in on_parent.items()),
+    }
+    if set(on_parent.values()) == {"detach"}:
+        labels[DETACHED] = True
+    return labels
+
+
+def idempotency_key(parent: UUID, key: str, generation: int) -> str:
+    """Return the key under which the server creates one run, however often it is asked."""
+    return f"{TAG_PREFIX}{parent}:{key}:{generation}"
+
+
+def default_key(target: str, parameters: Mapping[str, Any]) -> str:
+    """Return a key that is the same for the same work, whatever the order of spawning."""
+    digest = hash_objects(target, dict(parameters), raise_on_failure=False)
+    return f"{target}:{digest[:12] if digest else 'unhashable'}"
+
+
+def occurrence_key(base: str, occurrence: int) -> str:
+    """Return the key of the n-th child among equals, counted from 1."""
+    return base if occurrence == 1 else f"{base}#{occurrence}"
+
+
+def is_below(labels: Mapping[str, Any], ancestor: UUID) -> bool:
+    """Whether a run's labels place it below *ancestor*, detached runs excepted."""
+    if labels.get(DETACHED):
+        return False
+    path = labels.get(PATH)
+    return isinstance(path, str) and str(ancestor) in path.split("/")
+
+
+def is_ours(labels: Mapping[str, Any], key: str | None) -> bool:
+    """Whether labels and idempotency key prove that a supervisor created the run.
+
+    A copied run carries its original's tags, and may carry its labels, but an idempotency
+    key is unique per flow on the server: no copy has it.
+    """
+    parent = labels.get(PARENT)
+    return parent is not None and bool(key) and str(key).startswith(f"{TAG_PREFIX}{parent}:")
+
+
+def mark_message(text: str, by: UUID) -> str:
+    """Return a state message that says which supervised run asked for the cancellation."""
+    return f"{text} [supervised by {by}]"
+
+
+def marked_by(message: str | None) -> UUID | None:
+    """Return the supervised run that a state message names, if any."""
+    found = _MARK.search(message or "")
+    return UUID(found.group(1)) if found else None
+
+
+def on_parent_of(labels: Mapping[str, Any]) -> dict[str, str]:
+    """Return a run's policy as its labels state it; empty for runs that are not ours."""
+    value = labels.get(ON_PARENT)
+    if not isinstance(value, str):
+        return {}
+    return dict(part.split("=", 1) for part in value.split(",") if "=" in part)

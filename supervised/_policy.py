@@ -1,0 +1,147 @@
+"""Decisions, as pure functions over frozen values: no I/O, no clock, no Prefect client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import attrs
+from prefect.client.schemas.objects import StateType
+
+from supervised._types import (
+    ACTIONS,
+    CAUSES,
+    DEFAULT_ON_PARENT,
+    Action,
+    CancelReason,
+    Cause,
+    OnParent,
+    Outcome,
+    ReceiptStatus,
+    Source,
+)
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
+_SOURCES: Mapping[Cause, Source] = {
+    "completed": "parent_completed",
+    "failed": "parent_failed",
+    "timed_out": "parent_timed_out",
+    "cancelled": "parent_cancelled",
+    "crashed": "parent_crashed",
+}
+_WORDS: Mapping[Cause, str] = {
+    "completed": "completed",
+    "failed": "failed",
+    "timed_out": "timed out",
+    "cancelled": "was cancelled",
+    "crashed": "crashed",
+}
+
+
+def resolve_on_parent(
+    value: OnParent | None, default: Mapping[Cause, Action] = DEFAULT_ON_PARENT
+) -> Mapping[Cause, Action]:
+    """Return the action for every cause, *value* over *default*.
+
+    Raises:
+        ValueError: If *value* names a cause or an action that does not exist.
+    """
+    if value is None:
+        return default
+    given = dict.fromkeys(CAUSES, cast("Action", value)) if isinstance(value, str) else dict(value)
+    if unknown := set(given) - set(CAUSES):
+        raise ValueError(f"on_parent: {sorted(unknown)} is no cause; use {', '.join(CAUSES)}")
+    if unknown := set(given.values()) - set(ACTIONS):
+        raise ValueError(f"on_parent: {sorted(unknown)} is no action; use {', '.join(ACTIONS)}")
+    return {cause: given.get(cause, default[cause]) for cause in CAUSES}
+
+
+def check_seconds(name: str, value: float | None) -> float | None:
+    """Return *value* if it is a usable number of seconds, or `None`.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+    """
+    if value is not None and (value < 0 or not math.isfinite(value)):
+        raise ValueError(f"{name} must be a number of seconds, zero or more; got {value!r}")
+    return value
+
+
+def parent_reason(cause: Cause, flow_name: str, detail: str = "") -> CancelReason:
+    """Return the reason that a parent's end gives to its children."""
+    message = f"parent '{flow_name}' {_WORDS[cause]}"
+    return CancelReason(
+        source=_SOURCES[cause], message=f"{message}: {detail}" if detail else message
+    )
+
+
+def outcome_of(state: State, *, asked: bool) -> Outcome | None:
+    """Return how a child with this state ended, or `None` while it lives.
+
+    Args:
+        state: Its Prefect state.
+        asked: Whether we had asked for its cancellation. A run that dies while it is being
+            cancelled was cancelled; a run that completes all the same completed.
+    """
+    if state.type == StateType.COMPLETED:
+        return "completed"
+    if state.type == StateType.CANCELLED:
+        return "cancelled"
+    if state.type == StateType.CRASHED:
+        return "cancelled" if asked else "crashed"
+    if state.type == StateType.FAILED:
+        return "timed_out" if state.name == "TimedOut" else "failed"
+    return None
+
+
+def receipt_status(outcome: Outcome, *, forced: bool) -> ReceiptStatus:
+    """Return what teardown can vouch for, given how the child ended."""
+    if outcome == "completed":
+        return "completed"
+    if outcome == "detached":
+        return "detached"
+    if outcome == "abandoned":
+        return "unverified"
+    if outcome == "cancelled":
+        return "forced" if forced else "cancelled"
+    return "failed"
+
+
+def breaks_scope(outcome: Outcome) -> bool:
+    """Whether a child that ended so counts as failed for `on_child_failure`."""
+    return outcome in {"failed", "crashed", "timed_out"}
+
+
+@attrs.frozen
+class Budget:
+    """How a teardown divides its seconds. All values are seconds from its start.
+
+    Asking comes first and costs milliseconds; what is left is waiting. A child that was still
+    starting when it was asked is nudged and then closed in time for the report.
+
+    Args:
+        total: Everything; Prefect kills a run 30 s after SIGTERM and no setting changes that.
+    """
+
+    total: float
+
+    @property
+    def nudge_after(self) -> float:
+        """When a child that never ran is brought to its runner's notice again."""
+        return min(2.5, self.total / 4)
+
+    @property
+    def close_after(self) -> float:
+        """When a child that never ran, and that no runner claims, is closed.
+
+        A runner that was nudged needs 3.3 s to see that a process is gone.
+        """
+        return min(7.0, self.total * 0.8)
+
+    @property
+    def request_again_after(self) -> float:
+        """When a child that has not acknowledged the request is asked again."""
+        return min(5.0, self.total / 2)

@@ -1,0 +1,430 @@
+"""Entering and leaving a scope: what a supervised flow's function is wrapped in.
+
+The body's side only waits. A wait that follows a body which returned may be interrupted like the
+body itself; a wait for a teardown is shielded, and bounded by the grace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import attrs
+from prefect.exceptions import Abort, CancelledRun, Pause, TerminationSignal
+from prefect.states import Cancelled, State
+
+from supervised import _compat, _launch
+from supervised._context import current_child, current_supervisor
+from supervised._errors import ChildCancelled, ScopeClosedError, TeardownError
+from supervised._policy import parent_reason
+
+if TYPE_CHECKING:
+    from supervised._supervisor import Supervisor
+    from supervised._types import Cause
+
+try:
+    from builtins import ExceptionGroup  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    from exceptiongroup import ExceptionGroup
+
+T = TypeVar("T")
+
+# What a teardown may take beyond its grace: one last read, and the report.
+_SLACK_SECONDS = 5.0
+_CLOSE_SECONDS = 3.0
+
+
+def run_sync(supervisor: Supervisor, body: Callable[[], T]) -> T | State[Any]:
+    """Run a sync body in its scope; return or raise what its end comes to."""
+    with _entered(supervisor):
+        try:
+            with supervisor.body.running(), _current(supervisor):
+                result = body()
+        except BaseException as exc:
+            if not _needs_ending(supervisor, exc):
+                raise
+            return _leave_sync(supervisor, None, exc)
+        if not supervisor.is_engaged:
+            return result
+        return _leave_sync(supervisor, result, None)
+
+
+async def run_async(supervisor: Supervisor, body: Callable[[], Awaitable[T]]) -> T | State[Any]:
+    """Run an async body in its scope; return or raise what its end comes to."""
+    supervisor.body.loop = asyncio.get_running_loop()
+    supervisor.body.task = asyncio.current_task()
+    with _entered(supervisor):
+        try:
+            with supervisor.body.running(), _current(supervisor):
+                result = await body()
+        except BaseException as exc:
+            if not _needs_ending(supervisor, exc):
+                raise
+            return await _leave_async(supervisor, None, exc)
+        if not supervisor.is_engaged:
+            return result
+        return await _leave_async(supervisor, result, None)
+
+
+def run_generator(
+    supervisor: Supervisor, generator: Generator[Any, Any, T]
+) -> Generator[Any, Any, Any]:
+    """Run a sync generator body in its scope.
+
+    The supervisor is current only while the generator's own code runs: what is set across a
+    `yield` leaks into whoever iterates.
+    """
+
+    def step(resume: Callable[[], Any]) -> Any:
+        with supervisor.body.running(), _current(supervisor):
+            return resume()
+
+    with _entered(supervisor):
+        try:
+            resume: Callable[[], Any] = lambda: next(generator)  # noqa: E731
+            while True:
+                item = step(resume)
+                try:
+                    sent = yield item
+                except BaseException as thrown:  # noqa: BLE001 - the generator's to handle
+                    resume = _thrower(generator, thrown)
+                else:
+                    resume = _sender(generator, sent)
+        except StopIteration as stop:
+            if not supervisor.is_engaged:
+                return stop.value
+            return _leave_sync(supervisor, stop.value, None)
+        except BaseException as exc:
+            if not _needs_ending(supervisor, exc):
+                raise
+            return _leave_sync(supervisor, None, exc)
+
+
+async def run_async_generator(
+    supervisor: Supervisor, generator: AsyncGenerator[Any, Any]
+) -> AsyncGenerator[Any, Any]:
+    """Run an async generator body in its scope; see `run_generator`."""
+    supervisor.body.loop = asyncio.get_running_loop()
+
+    async def step(resume: Callable[[], Awaitable[Any]]) -> Any:
+        supervisor.body.task = asyncio.current_task()
+        with supervisor.body.running(), _current(supervisor):
+            return await resume()
+
+    with _entered(supervisor):
+        try:
+            resume: Callable[[], Awaitable[Any]] = generator.__anext__
+            while True:
+                item = await step(resume)
+                try:
+                    sent = yield item
+                except BaseException as thrown:  # noqa: BLE001 - the generator's to handle
+                    resume = _async_thrower(generator, thrown)
+                else:
+                    resume = _async_sender(generator, sent)
+        except StopAsyncIteration:
+            if supervisor.is_engaged:
+                await _leave_async(supervisor, None, None)
+        except BaseException as exc:
+            if not _needs_ending(supervisor, exc):
+                raise
+            await _leave_async(supervisor, None, exc)
+
+
+def _sender(generator: Generator[Any, Any, Any], value: Any) -> Callable[[], Any]:
+    return lambda: generator.send(value)
+
+
+def _thrower(generator: Generator[Any, Any, Any], exc: BaseException) -> Callable[[], Any]:
+    def throw() -> Any:
+        if isinstance(exc, GeneratorExit):
+            generator.close()
+            raise exc
+        return generator.throw(exc)
+
+    return throw
+
+
+def _async_sender(generator: AsyncGenerator[Any, Any], value: Any) -> Callable[[], Awaitable[Any]]:
+    return lambda: generator.asend(value)
+
+
+def _async_thrower(
+    generator: AsyncGenerator[Any, Any], exc: BaseException
+) -> Callable[[], Awaitable[Any]]:
+    async def throw() -> Any:
+        if isinstance(exc, GeneratorExit):
+            await generator.aclose()
+            raise exc
+        return await generator.athrow(exc)
+
+    return throw
+
+
+# -- leaving ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _entered(supervisor: Supervisor) -> Iterator[None]:
+    outer = supervisor.outer
+    if outer is None:
+        yield
+        return
+    outer.nested.add(supervisor)
+    try:
+        yield
+    finally:
+        outer.nested.discard(supervisor)
+
+
+@contextlib.contextmanager
+def _current(supervisor: Supervisor) -> Iterator[None]:
+    token = current_supervisor.set(supervisor)
+    try:
+        yield
+    finally:
+        current_supervisor.reset(token)
+
+
+def _needs_ending(supervisor: Supervisor, exc: BaseException) -> bool:
+    """Whether there is anything to end: a flow that launched nothing costs nothing."""
+    if not supervisor.is_own_process:
+        return False
+    if supervisor.is_engaged:
+        return True
+    return supervisor.launched_plainly and classify(supervisor, exc) is not None
+
+
+def classify(supervisor: Supervisor, exc: BaseException) -> Cause | None:
+    """Return how the run ends with this exception; `None` if it will go on elsewhere or later."""
+    if isinstance(exc, (Pause, Abort)):
+        return None
+    intent = _compat.termination_intent()
+    if isinstance(exc, (asyncio.CancelledError, TerminationSignal)):
+        if _timed_out(supervisor, exc):
+            return "timed_out"
+        if intent not in {None, "cancel"}:
+            return None
+        asked = intent == "cancel" or supervisor.own_cancellation is not None
+        return "cancelled" if asked or _cancelled_from_above(supervisor) else "crashed"
+    if isinstance(exc, GeneratorExit):
+        return "cancelled"
+    return "failed" if isinstance(exc, Exception) else "crashed"
+
+
+def _timed_out(supervisor: Supervisor, exc: BaseException) -> bool:
+    limit = supervisor.flow.timeout_seconds
+    if limit is None or not isinstance(exc, asyncio.CancelledError):
+        return False
+    # The engine's clock started a little before ours.
+    return time.monotonic() - supervisor.started >= limit - min(0.25, limit / 10)
+
+
+def _cancelled_from_above(supervisor: Supervisor) -> bool:
+    child = current_child.get()
+    own_child = child is not None and child.flow_run_id == supervisor.flow_run_id
+    if own_child and child is not None and child.cancel_reason is not None:
+        return True
+    return supervisor.outer is not None and supervisor.outer.is_ending
+
+
+@attrs.define
+class _Exit:
+    """What has been learned while leaving."""
+
+    supervisor: Supervisor
+    exc: BaseException | None
+    cause: Cause | None = None
+
+    def interrupted_by(self, exc: BaseException) -> None:
+        """Take note of what arrived while waiting."""
+        if self._is_ours(exc):
+            _launch.uncancel()
+            return
+        if self.exc is None or not isinstance(exc, Exception):
+            self.exc = exc
+
+    def _is_ours(self, exc: BaseException) -> bool:
+        """Whether it is our own interrupt of a body that has ended in the same instant."""
+        sent = self.supervisor.body.was_interrupted
+        return sent and self.exc is None and isinstance(exc, asyncio.CancelledError)
+
+    def begin(self) -> concurrent.futures.Future[None] | None:
+        """Begin the teardown that the body's end calls for, if it calls for one."""
+        ending = self.supervisor.ending
+        if self.exc is None:
+            self.cause = ending[0] if ending else "completed"
+            if ending is None:
+                return None
+        else:
+            self.cause = classify(self.supervisor, self.exc)
+            if self.cause is None:
+                return None
+        detail = _detail(self.exc)
+        reason = parent_reason(self.cause, self.supervisor.flow.name, detail)
+        return self.supervisor.begin_teardown(self.cause, reason)
+
+
+def _leave_sync(supervisor: Supervisor, result: Any, exc: BaseException | None) -> Any:
+    leaving = _Exit(supervisor, exc)
+    if exc is None:
+        try:
+            supervisor.prepare_completion()
+            supervisor.children_over().result()
+        except BaseException as interrupt:  # noqa: BLE001 - it ends the run like any other
+            leaving.interrupted_by(interrupt)
+    if (teardown := leaving.begin()) is not None:
+        deadline = time.monotonic() + supervisor.grace_seconds + _SLACK_SECONDS
+        while not teardown.done() and (left := deadline - time.monotonic()) > 0:
+            try:
+                concurrent.futures.wait([teardown], timeout=left)
+            except BaseException as interrupt:  # noqa: BLE001 - it is raised at the end
+                leaving.interrupted_by(interrupt)
+                if isinstance(interrupt, KeyboardInterrupt):
+                    break
+    return _conclude_sync(leaving, result)
+
+
+async def _leave_async(supervisor: Supervisor, result: Any, exc: BaseException | None) -> Any:
+    leaving = _Exit(supervisor, exc)
+    if exc is None:
+        try:
+            supervisor.prepare_completion()
+            # `wait`, because awaiting the future itself would cancel it with us.
+            await asyncio.wait([asyncio.wrap_future(supervisor.children_over())])
+        except BaseException as interrupt:  # noqa: BLE001 - it ends the run like any other
+            leaving.interrupted_by(interrupt)
+    if (teardown := leaving.begin()) is not None:
+        deadline = time.monotonic() + supervisor.grace_seconds + _SLACK_SECONDS
+        await _wait_shielded(leaving, teardown, deadline)
+    return await _conclude_async(leaving, result)
+
+
+async def _wait_shielded(
+    leaving: _Exit, future: concurrent.futures.Future[None], deadline: float
+) -> None:
+    """Wait out a future under cancellation: anyio scopes are shielded off, signals remembered."""
+    with anyio.CancelScope(shield=True):
+        while not future.done() and (left := deadline - time.monotonic()) > 0:
+            try:
+                await asyncio.wait([asyncio.wrap_future(future)], timeout=left)
+            except asyncio.CancelledError as interrupt:
+                leaving.interrupted_by(interrupt)
+
+
+def _conclude_sync(leaving: _Exit, result: Any) -> Any:
+    verdict = _judge(leaving, result)
+    stopped = leaving.supervisor.close(_outcome(leaving), verdict.raised)
+    if stopped is not None:
+        concurrent.futures.wait([stopped], timeout=_CLOSE_SECONDS)
+    if verdict.cancelled is not None and _compat.engine_owns_cancellation():
+        hooks = _launch.run_cancellation_hooks(
+            leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
+        )
+        _compat.run_coroutine(hooks)
+    return verdict.unwrap()
+
+
+async def _conclude_async(leaving: _Exit, result: Any) -> Any:
+    verdict = _judge(leaving, result)
+    stopped = leaving.supervisor.close(_outcome(leaving), verdict.raised)
+    if stopped is not None:
+        await _wait_shielded(leaving, stopped, time.monotonic() + _CLOSE_SECONDS)
+    if verdict.cancelled is not None and _compat.engine_owns_cancellation():
+        await _launch.run_cancellation_hooks(
+            leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
+        )
+    return verdict.unwrap()
+
+
+def _outcome(leaving: _Exit) -> Cause:
+    return leaving.cause or "completed"
+
+
+# -- what it comes to ---------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class _Verdict:
+    """What the flow's function returns or raises to Prefect's engine."""
+
+    result: Any = None
+    exc: BaseException | None = None
+    cancelled: str | None = None
+
+    @property
+    def raised(self) -> BaseException | None:
+        """What stands on the span: a cancellation is no error."""
+        return self.exc if isinstance(self.exc, Exception) else None
+
+    def unwrap(self) -> Any:
+        if self.cancelled is not None:
+            # A returned state becomes the run's state; a raised CancelledError would crash it.
+            return Cancelled(message=self.cancelled)
+        if self.exc is not None:
+            raise self.exc
+        return self.result
+
+
+def _judge(leaving: _Exit, result: Any) -> _Verdict:
+    supervisor, exc = leaving.supervisor, leaving.exc
+    if exc is not None and not isinstance(exc, Exception) and not _answers_interrupt(leaving):
+        return _Verdict(exc=exc)
+    if supervisor.own_cancellation is not None:
+        return _Verdict(cancelled=supervisor.own_cancellation)
+    if _answers_interrupt(leaving) and not supervisor.failures:
+        return _Verdict(cancelled="Cancelled together with its parent")
+    errors = _errors(supervisor, exc)
+    if not errors:
+        return _Verdict(result=result, exc=exc)
+    if len(errors) == 1 and errors[0] is exc:
+        return _Verdict(exc=exc)
+    name = supervisor.flow.name
+    group = ExceptionGroup(f"{len(errors)} failure(s) in supervised flow '{name}'", errors)
+    group.__cause__ = exc if exc not in errors else None
+    return _Verdict(exc=group)
+
+
+def _answers_interrupt(leaving: _Exit) -> bool:
+    """Whether the body ended because a scope of ours had interrupted it."""
+    if not isinstance(leaving.exc, (asyncio.CancelledError, TerminationSignal)):
+        return False
+    if _compat.termination_intent() is not None or _timed_out(leaving.supervisor, leaving.exc):
+        return False
+    scope: Supervisor | None = leaving.supervisor
+    while scope is not None:
+        if scope.body.was_interrupted:
+            return True
+        scope = scope.outer
+    return False
+
+
+def _errors(supervisor: Supervisor, exc: BaseException | None) -> list[Exception]:
+    """Return what the scope has to raise, the body's own exception first."""
+    errors = [child.error(child.exception) for child in supervisor.failures if not child.delivered]
+    raised: list[Exception] = [error for error in errors if isinstance(error, Exception)]
+    report = supervisor.report
+    if report is not None and not report.ok:
+        raised.append(TeardownError(report))
+    if isinstance(exc, Exception) and not (raised and _is_consequence(exc)):
+        raised.insert(0, exc)
+    return raised
+
+
+def _is_consequence(exc: Exception) -> bool:
+    """Whether the body's exception only tells that the scope was already failing."""
+    if isinstance(exc, ChildCancelled):
+        return exc.reason is not None and exc.reason.source == "sibling_failed"
+    return isinstance(exc, (ScopeClosedError, CancelledRun))
+
+
+def _detail(exc: BaseException | None) -> str:
+    if exc is None or not isinstance(exc, Exception):
+        return ""
+    first = str(exc).splitlines()[0] if str(exc) else ""
+    return f"{type(exc).__name__}: {first}" if first else type(exc).__name__

@@ -1,0 +1,676 @@
+"""The supervisor of one run: admits children, hears of the run's end, and ends the tree.
+
+A scope lives in two planes. The body's side (`spawn`, `run_sync`, `run_async`) is called by user
+code and only ever hands work over or waits. The control plane's side does everything that must
+not depend on the user's loop. What crosses is a handful of flags under one lock, and futures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import UUID
+
+import anyio
+import attrs
+from prefect.client.schemas.objects import FlowRun, TaskRunResult
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.flows import Flow
+from prefect.logging.loggers import flow_run_logger
+from prefect.states import State
+from prefect.utilities.engine import collect_task_run_inputs_sync
+
+from supervised import _compat, _identity, _launch, _telemetry
+from supervised._api import Orchestrator, open_orchestrator
+from supervised._child import Child
+from supervised._context import current_supervisor
+from supervised._control import ControlPlane
+from supervised._errors import NoSupervisorError
+from supervised._policy import (
+    Budget,
+    breaks_scope,
+    check_seconds,
+    outcome_of,
+    parent_reason,
+    resolve_on_parent,
+)
+from supervised._registry import Registry, describe_ban
+from supervised._teardown import Teardown
+from supervised._types import (
+    CancelReason,
+    Cause,
+    OnParent,
+    ScopeOptions,
+    TeardownReport,
+)
+from supervised._watch import Watcher, open_watcher
+
+logger = logging.getLogger("prefect.supervised")
+
+R = TypeVar("R")
+_RUNNER_SECONDS = 5.0  # how long a runner has to signal a body whose run is being cancelled
+
+
+@attrs.frozen
+class Services:
+    """What the control plane opens once for all scopes."""
+
+    api: Orchestrator
+    watcher: Watcher
+
+
+@asynccontextmanager
+async def open_services() -> AsyncIterator[Services]:
+    """Open the client and the watcher of a control plane."""
+    async with open_orchestrator() as api, open_watcher(api) as watcher:
+        yield Services(api, watcher)
+
+
+class Supervisor:
+    """The supervisor of the current flow run; reached through `supervised.supervisor`."""
+
+    def __init__(
+        self, options: ScopeOptions, flow: Flow[..., Any], context: FlowRunContext
+    ) -> None:
+        assert context.flow_run is not None
+        self._options = options
+        self._flow = flow
+        self._context = context
+        self._run = context.flow_run
+        self._pid = os.getpid()
+        self._started = time.monotonic()
+        self._started_ns = time.time_ns()
+        self._lock = threading.RLock()
+        self._registry = Registry(flow.name)
+        self._plane: ControlPlane[Services] | None = None
+        self._span: _telemetry.SupervisorSpan | None = None
+        self._slots: anyio.Semaphore | None = None
+        self._earlier: dict[str, FlowRun] | None = None
+        self._ending: tuple[Cause, CancelReason] | None = None
+        self._teardown: concurrent.futures.Future[None] | None = None
+        self._delegate_to: UUID | None = None
+        self._report: TeardownReport | None = None
+        self.outer = current_supervisor.get()
+        self.nested: set[Supervisor] = set()
+        self.lineage = self._find_lineage()
+        self.failures: list[Child[Any]] = []
+        self.own_cancellation: str | None = None
+        self.body = Body()
+
+    # -- what users see ---------------------------------------------------------------------
+
+    @property
+    def flow_run_id(self) -> UUID:
+        """The id of the supervised run."""
+        return self._run.id
+
+    @property
+    def children(self) -> tuple[Child[Any], ...]:
+        """Every child so far, over or not, in the order of spawning."""
+        return tuple(self._registry.all())
+
+    @property
+    def report(self) -> TeardownReport | None:
+        """What became of the children, once something had to be torn down; `None` before."""
+        return self._report
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the scope, or one around it, is being torn down."""
+        return self._ending is not None or (self.outer is not None and self.outer.is_ending)
+
+    def spawn(
+        self,
+        target: Flow[..., R] | str | UUID,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        name: str | None = None,
+        key: str | None = None,
+        tags: list[str] | tuple[str, ...] | None = None,
+        job_variables: Mapping[str, Any] | None = None,
+        work_queue_name: str | None = None,
+        scheduled_time: datetime | None = None,
+        timeout_seconds: float | None = None,
+        on_parent: OnParent | None = None,
+    ) -> Child[R]:
+        """Launch a child that this run will not leave behind, and return its handle at once.
+
+        The launch goes on in the background; if it fails, that is the outcome of the handle.
+        The same call works in sync and async flows, in tasks of the run, and in threads that
+        carry its context.
+
+        Args:
+            target: A flow, to run inline in this process: async in the body's loop, sync in a
+                thread. Or a deployment, by *"flow-name/deployment-name"* or id.
+            parameters: The flow's parameters by name.
+            name: Name of the child and of its run; the target's name and one that Prefect
+                makes up, by default.
+            key: Identity of the work within this run. The same key with the same work returns
+                the same child. Derived from target and parameters by default.
+            tags: Tags of the run, added to the deployment's own.
+            job_variables: Infrastructure overrides; used by deployments only.
+            work_queue_name: Work queue to submit to; used by deployments only.
+            scheduled_time: When to start; now, by default.
+            timeout_seconds: Seconds from the creation of its run after which the child is
+                cancelled with outcome *timed_out*; `None` for no limit.
+            on_parent: What the end of this run does to the child: *wait*, *cancel* or *detach*
+                for every cause, or a mapping from some of *completed*, *failed*, *timed_out*,
+                *cancelled*, *crashed*. Defaults to the decorator's, which waits for completion
+                and cancels for everything else.
+
+        Returns:
+            The child's handle: `await child`, `child.result()`, `child.cancel()`.
+
+        Raises:
+            InvalidTargetError: If *target* is neither a flow nor names a deployment.
+            DuplicateKeyError: If *key* stands for other work already.
+            ScopeClosedError: If the scope is over or being torn down.
+            ValueError: If *timeout_seconds* is negative or *on_parent* is not understood.
+
+        Example:
+            ```python
+            @supervised_flow
+            async def nightly(day: str) -> list[float]:
+                parts = [supervisor.spawn("score/gpu", {"part": i}) for i in range(40)]
+                return [await part for part in parts]
+            ```
+        """
+        self._require_own_process()
+        checked = _launch.check_target(target)
+        check_seconds("timeout_seconds", timeout_seconds)
+        policy = resolve_on_parent(on_parent, self._options.on_parent)
+        given = dict(parameters or {})
+        label = _launch.target_name(checked)
+        if isinstance(checked, Flow) and "detach" in policy.values():
+            raise ValueError(
+                f"{label!r} is a flow and would run inline, in this process, which it cannot "
+                "outlive: on_parent='detach' needs a deployment."
+            )
+        if (ending := self._nearest_ending()) is not None:
+            self._registry.ban(describe_ban(ending))
+
+        def make(final_key: str) -> Child[R]:
+            return Child(
+                name=name or label,
+                kind="inline" if isinstance(checked, Flow) else "deployment",
+                key=final_key,
+                target=label,
+                on_parent=policy,
+                on_done=self._on_child_done,
+                ask_cancel=self._cancel_child,
+                ask_detach=self._detach_child,
+                timeout_seconds=timeout_seconds,
+            )
+
+        work = _identity.default_key(label, given)
+        child, is_new = self._registry.admit(key=key, work=work, make=make)
+        if is_new:
+            spec = _launch.LaunchSpec(
+                target=checked,
+                parameters=given,
+                lineage=self.lineage,
+                run_name=name,
+                tags=(*_launch.ambient_tags(checked), *(tags or ())),
+                task_inputs=_task_inputs(given, self._run.id),
+                context=contextvars.copy_context(),
+                home_loop=self.body.loop,
+                scheduled_time=scheduled_time,
+                work_queue_name=work_queue_name,
+                job_variables=job_variables,
+            )
+            self._start(child, spec)
+        return cast("Child[R]", child)
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Cancel every child, with all that they launched, and return at once.
+
+        The run itself goes on; nothing can be spawned in it any more.
+
+        Args:
+            reason: One clause for people.
+        """
+        message = reason or "its supervisor was told to cancel"
+        self.begin_teardown("cancelled", CancelReason(source="explicit", message=message))
+
+    # -- for the scope's two ends ---------------------------------------------------------------
+
+    @property
+    def flow(self) -> Flow[..., Any]:
+        """The supervised flow."""
+        return self._flow
+
+    @property
+    def flow_run(self) -> FlowRun:
+        """The supervised run as it was when this attempt began."""
+        return self._run
+
+    @property
+    def started(self) -> float:
+        """When this attempt's body began, by the monotonic clock."""
+        return self._started
+
+    @property
+    def is_engaged(self) -> bool:
+        """Whether anything was spawned."""
+        return self._plane is not None
+
+    @property
+    def launched_plainly(self) -> bool:
+        """Whether the body called plain `run_deployment`."""
+        return _compat.plain_launches(self._context)
+
+    @property
+    def is_own_process(self) -> bool:
+        """Whether this is the process of the run, and not a fork of it."""
+        return os.getpid() == self._pid
+
+    @property
+    def grace_seconds(self) -> float:
+        """Seconds that a whole teardown may take."""
+        return self._options.grace_seconds
+
+    @property
+    def ending(self) -> tuple[Cause, CancelReason] | None:
+        """Why the scope is being torn down, if it is."""
+        return self._ending
+
+    def begin_teardown(self, cause: Cause, reason: CancelReason) -> concurrent.futures.Future[None]:
+        """Begin to end everything below, once; from any thread.
+
+        Returns:
+            A future that is done when the report is there.
+        """
+        with self._lock:
+            if self._teardown is not None:
+                return self._teardown
+            self._ending = (cause, reason)
+            self._registry.ban(describe_ban(reason))
+            self._teardown = self._engage().submit(self._tear_down)
+        for inner in list(self.nested):
+            if inner.is_engaged:
+                inner.begin_teardown("cancelled", reason)
+        return self._teardown
+
+    def prepare_completion(self) -> None:
+        """Apply `on_parent` for a body that returned to the children that are not waited for."""
+        reason = parent_reason("completed", self._flow.name)
+        for child in self._registry.live():
+            action = child.on_parent["completed"]
+            if action == "cancel":
+                self._cancel_child(child, reason)
+            elif action == "detach":
+                child.detach()
+
+    def children_over(self) -> concurrent.futures.Future[None]:
+        """Return a future that is done once no child is live, or a teardown has begun."""
+        return self._registry.when_settled()
+
+    def close(
+        self, outcome: Cause, raised: BaseException | None
+    ) -> concurrent.futures.Future[None] | None:
+        """End the scope; the last one of the process gets the future of the plane's end."""
+        self._registry.ban("the flow has ended")
+        with self._lock:
+            plane = self._plane
+        if plane is None:
+            return None
+        if self._span is not None:
+            reason = self._ending[1] if self._ending else None
+            self._span.end(outcome=outcome, reason=reason, raised=raised)
+        plane.submit(self._unwatch)
+        return plane.release()
+
+    # -- the control plane's side ----------------------------------------------------------------
+
+    def _engage(self) -> ControlPlane[Services]:
+        """Start supervising: called by the first spawn, and by a teardown without any."""
+        with self._lock:
+            if self._plane is None:
+                self._plane = ControlPlane.acquire(open_services)
+                self._span = _telemetry.SupervisorSpan(
+                    flow_name=self._flow.name,
+                    flow_run_id=str(self._run.id),
+                    function=f"{self._flow.fn.__module__}.{self._flow.fn.__qualname__}",
+                    on_child_failure=self._options.on_child_failure,
+                    grace_seconds=self._options.grace_seconds,
+                    context=_telemetry.current_context(self._run.labels, _compat.TRACEPARENT_LABEL),
+                    start_ns=self._started_ns,
+                )
+                self._plane.submit(self._watch)
+            return self._plane
+
+    def _start(self, child: Child[Any], spec: _launch.LaunchSpec) -> None:
+        plane = self._engage()
+        assert self._span is not None
+        child.span = _telemetry.ChildSpan(
+            self._span,
+            name=child.name,
+            kind=child.kind,
+            flow_name=child.target.split("/")[0],
+            deployment_name=child.target if child.kind == "deployment" else None,
+            generation=child.generation,
+            detached=child.on_parent["completed"] == "detach",
+            start_ns=time.time_ns(),
+        )
+
+        def settle_failed(future: concurrent.futures.Future[None]) -> None:
+            if future.cancelled():
+                child.settle("cancelled")
+            elif (exc := future.exception()) is not None:
+                child.settle("failed", exception=exc)
+
+        future = plane.submit(lambda services: self._launch_child(services, child, spec))
+        future.add_done_callback(settle_failed)
+
+    async def _launch_child(
+        self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
+    ) -> None:
+        await self._take_slot(child)
+        if child.is_over:
+            return
+        run = await self._adopt_earlier(services, child, spec)
+        if run is None:
+            run = await _launch.launch(services.api, child, spec)
+        if run is None:
+            return
+        services.watcher.watch(child)
+        self._logger.info(
+            "Spawned child %r as flow run %s (%s)", child.name, run.id, child.url or child.kind
+        )
+        if child.detach_requested:
+            self._detach_child(child)
+        self._arm_deadline(child)
+        if isinstance(spec.target, Flow):
+            _launch.InlineRun(child, spec.target, run, spec).start()
+        elif child.cancel_reason is not None:
+            await self._cancel_run(services, child)
+
+    async def _take_slot(self, child: Child[Any]) -> None:
+        """Wait for one of `max_concurrent` slots; the child gives it back when it is over."""
+        if self._options.max_concurrent is None:
+            return
+        if self._slots is None:
+            self._slots = anyio.Semaphore(self._options.max_concurrent)
+        slots, plane = self._slots, self._plane
+        child.is_queued = True
+        await slots.acquire()
+        child.is_queued = False
+        assert plane is not None
+        child.add_done_callback(lambda _: plane.call_soon(slots.release))
+
+    async def _adopt_earlier(
+        self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
+    ) -> FlowRun | None:
+        """Find what an earlier attempt of this run made of the same key.
+
+        A live deployment run is taken over. Anything else gets the next generation, because the
+        server returns a terminal run for a key that it knows.
+        """
+        if self._run.run_count <= 1:
+            return None
+        if self._earlier is None:
+            runs = await services.api.read_children([self._run.id])
+            runs.sort(key=lambda run: int(run.labels.get(_identity.GENERATION, 0)))  # type: ignore[arg-type]
+            self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
+        earlier = self._earlier.get(child.key)
+        if earlier is None or earlier.state is None:
+            return None
+        generation = int(earlier.labels.get(_identity.GENERATION, 0))  # type: ignore[arg-type]
+        is_live = outcome_of(earlier.state, asked=False) is None
+        if is_live and not isinstance(spec.target, Flow) and not earlier.state.is_cancelling():
+            child.generation = generation
+            child.assign_run(earlier)
+            return earlier
+        child.generation = generation + 1
+        return None
+
+    def _arm_deadline(self, child: Child[Any]) -> None:
+        if child.timeout_seconds is None:
+            return
+        message = f"its deadline of {child.timeout_seconds:g} s was exceeded"
+        reason = CancelReason(source="deadline", message=message)
+        timer = asyncio.get_running_loop().call_later(
+            child.timeout_seconds, self._cancel_child, child, reason
+        )
+        plane = self._plane
+        assert plane is not None
+        child.add_done_callback(lambda _: plane.call_soon(timer.cancel))
+
+    # -- what children do and are told -----------------------------------------------------------
+
+    def _on_child_done(self, child: Child[Any]) -> None:
+        """Take note of a child's end, and act on a failure; in whatever thread it happens."""
+        outcome = child.outcome
+        assert outcome is not None
+        level = logging.WARNING if breaks_scope(outcome) else logging.INFO
+        self._logger.log(level, "Child %r ended: %s", child.name, outcome)
+        if breaks_scope(outcome) and self._options.on_child_failure != "ignore":
+            with self._lock:
+                self.failures.append(child)
+            if self._options.on_child_failure == "cancel_siblings" and self._ending is None:
+                self._fail_with(child)
+        self._registry.finished(child)
+
+    def _fail_with(self, child: Child[Any]) -> None:
+        what = child.error(child.exception)
+        reason = CancelReason(
+            source="sibling_failed",
+            message=f"sibling '{child.name}' {child.outcome}: {_one_line(what)}",
+            child=child.name,
+        )
+        self.begin_teardown("failed", reason)
+        if not child.delivered:
+            self.body.interrupt()
+
+    def _cancel_child(self, child: Child[Any], reason: CancelReason) -> None:
+        if not child.mark_cancel(reason):
+            return
+        if child.interrupt is not None:
+            child.interrupt()
+        if self._plane is not None:
+            self._plane.submit(lambda services: self._cancel_run(services, child))
+
+    async def _cancel_run(self, services: Services, child: Child[Any]) -> None:
+        """Tear down one child with everything below it; its siblings go on."""
+        if child.flow_run_id is None or child.cancel_reason is None or child.is_over:
+            return
+        await Teardown(
+            services.api,
+            services.watcher,
+            flow_name=self._flow.name,
+            lineage=self.lineage,
+            cause="cancelled",
+            reason=child.cancel_reason,
+            children=lambda: [child],
+            in_body=self._runs_in_body,
+            budget=Budget(self._options.grace_seconds),
+            top=child.flow_run_id,
+        ).run()
+
+    def _detach_child(self, child: Child[Any]) -> None:
+        if child.kind == "inline":
+            raise ValueError(
+                f"Child {child.name!r} runs inline, in this process, and cannot outlive it. "
+                "Spawn a deployment to detach it."
+            )
+        child.detach_requested = True
+        run_id = child.flow_run_id
+        if run_id is None or self._plane is None:
+            return  # as soon as it has a run
+        self._plane.submit(
+            lambda services: services.api.update_labels(run_id, {_identity.DETACHED: True})
+        )
+        child.settle("detached")
+
+    # -- the run's own end -----------------------------------------------------------------------
+
+    async def _watch(self, services: Services) -> None:
+        services.watcher.watch_owner(self._run.id, self.lineage.tag, self._on_own_change)
+
+    async def _unwatch(self, services: Services) -> None:
+        services.watcher.unwatch_owner(self._run.id, self.lineage.tag)
+
+    def _on_own_change(self, run: FlowRun) -> None:
+        """Hear that our own run is being cancelled, before any signal; in the control plane."""
+        state = run.state
+        if state is None or not (state.is_cancelling() or state.is_cancelled()):
+            return
+        if self.own_cancellation is not None or not self.body.is_running:
+            return
+        self.own_cancellation = state.message or "its run was set to Cancelling"
+        self._delegate_to = self._covered_by(state)
+        self.begin_teardown("cancelled", self._own_reason())
+        delay = _RUNNER_SECONDS if _compat.runner_owns(self._run.id) else 0.0
+        asyncio.get_running_loop().call_later(delay, self.body.interrupt)
+
+    def _own_reason(self) -> CancelReason:
+        detail = "" if self._delegate_to else (self.own_cancellation or "")
+        return parent_reason("cancelled", self._flow.name, detail)
+
+    def _covered_by(self, state: State) -> UUID | None:
+        """Return the ancestor whose own teardown covers our whole tree, if one cancels us."""
+        by = _identity.marked_by(state.message)
+        return by if by is not None and by in self.lineage.path[:-1] else None
+
+    async def _tear_down(self, services: Services) -> None:
+        assert self._ending is not None
+        assert self._span is not None
+        cause, reason = await self._recheck(services, *self._ending)
+        self._ending = (cause, reason)
+        live = len(self._registry.live())
+        span = None
+        if live or self.launched_plainly:
+            span = _telemetry.TeardownSpan(
+                self._span, reason=reason, live=live, grace_seconds=self._options.grace_seconds
+            )
+        report = await Teardown(
+            services.api,
+            services.watcher,
+            flow_name=self._flow.name,
+            lineage=self.lineage,
+            cause=cause,
+            reason=reason,
+            children=self._registry.all,
+            in_body=self._runs_in_body,
+            budget=Budget(self._options.grace_seconds),
+            delegate_to=self._delegate_to,
+            span=span,
+        ).run()
+        self._report = report
+        if report.receipts:
+            self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
+        for child in self._registry.live():
+            child.settle("abandoned")
+
+    async def _recheck(
+        self, services: Services, cause: Cause, reason: CancelReason
+    ) -> tuple[Cause, CancelReason]:
+        """Tell a crash from a cancellation whose notice has not reached us yet."""
+        if cause != "crashed":
+            return cause, reason
+        try:
+            with anyio.fail_after(2.0):
+                (run,) = await services.api.read_runs([self._run.id])
+        except Exception:
+            logger.debug("Could not read the run's own state", exc_info=True)
+            return cause, reason
+        if run.state is None or not (run.state.is_cancelling() or run.state.is_cancelled()):
+            return cause, reason
+        self.own_cancellation = run.state.message or "its run was set to Cancelling"
+        self._delegate_to = self._covered_by(run.state)
+        return "cancelled", self._own_reason()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _logger(self) -> Any:
+        return flow_run_logger(self._run, self._flow)
+
+    def _find_lineage(self) -> _identity.Lineage:
+        if self.outer is not None and _identity.PATH not in self._run.labels:
+            return self.outer.lineage.nested(self._run.id)
+        return _identity.lineage_of(self._run.id, self._run.labels)
+
+    def _runs_in_body(self) -> set[UUID]:
+        """Return the supervised runs that this body executes by plain calls."""
+        inner = {scope.flow_run_id for scope in list(self.nested)}
+        return inner.union(*(scope._runs_in_body() for scope in list(self.nested)))
+
+    def _nearest_ending(self) -> CancelReason | None:
+        if self._ending is not None:
+            return self._ending[1]
+        return self.outer._nearest_ending() if self.outer is not None else None
+
+    def _require_own_process(self) -> None:
+        if not self.is_own_process:
+            raise NoSupervisorError(
+                f"This process was forked from run {self._run.id} and cannot spawn for it. "
+                "Spawn in the flow's own process."
+            )
+
+
+class Body:
+    """The body's thread or task: what ending it from the control plane needs to know."""
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.thread = threading.current_thread()
+        self.is_running = False
+        self.was_interrupted = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Mark the time in which the user's own code runs, and only it may be interrupted."""
+        self.is_running = True
+        try:
+            yield
+        finally:
+            self.is_running = False
+
+    def interrupt(self) -> None:
+        """End the body from another thread, if it can be: cancel its task, or signal it.
+
+        A sync body is reached in the main thread only, where Prefect turns SIGTERM into
+        `TerminationSignal`; elsewhere it ends when it next asks for a child.
+        """
+        if self.loop is not None:
+            try:
+                self.loop.call_soon_threadsafe(self._cancel_task)
+            except RuntimeError:  # the loop is closed, and the body with it
+                pass
+        elif self.is_running and self.thread is threading.main_thread():
+            if _compat.has_sigterm_bridge() and self.thread.ident is not None:
+                self.was_interrupted = True
+                signal.pthread_kill(self.thread.ident, signal.SIGTERM)
+
+    def _cancel_task(self) -> None:
+        # In the body's own loop, so that the body cannot end between the look and the cancel.
+        if self.is_running and self.task is not None and not self.was_interrupted:
+            self.was_interrupted = True
+            self.task.cancel()
+
+
+def _one_line(exc: BaseException) -> str:
+    return str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+
+
+def _task_inputs(parameters: Mapping[str, Any], flow_run_id: UUID) -> dict[str, Any]:
+    """Return what links the child to upstream tasks, as `run_deployment` records it."""
+    inputs: dict[str, Any] = {
+        name: list(collect_task_run_inputs_sync(value)) for name, value in parameters.items()
+    }
+    task = TaskRunContext.get()
+    if task is not None and task.task_run.flow_run_id == flow_run_id:
+        inputs["__parents__"] = [TaskRunResult(id=task.task_run.id)]
+    return inputs

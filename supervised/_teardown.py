@@ -1,0 +1,511 @@
+"""Ending a tree: request → verify → sweep → escalate → report, all levels at once.
+
+Requests go out first and in bulk, because they cost milliseconds and everything else is waiting.
+Then the tree is searched again until nothing new turns up, so that a child which was launched in
+the same instant, at any depth, is found. Nothing here raises before the report is written: what
+cannot be done becomes a line of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import anyio
+import attrs
+from prefect.states import State
+from prefect.types._datetime import now
+from prefect.utilities.urls import url_for
+
+from supervised import _identity, _telemetry
+from supervised._policy import Budget, outcome_of, receipt_status
+from supervised._types import Action, CancelReason, Cause, Receipt, TeardownReport
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
+    from supervised._api import Orchestrator
+    from supervised._child import Child
+    from supervised._watch import Watcher
+
+logger = logging.getLogger("prefect.supervised.teardown")
+
+_READ_SECONDS = 0.4
+_SWEEP_SECONDS = 1.5
+_REQUEST_SECONDS = 8.0
+_FOREIGN_SECONDS = 2.0
+
+
+@attrs.define(kw_only=True)
+class _Target:
+    """One descendant, and how far its teardown has come."""
+
+    name: str
+    depth: int
+    action: Action = "cancel"
+    child: Child[Any] | None = None
+    run: FlowRun | None = None
+    state: State[Any] | None = None
+    requested_at: datetime | None = None
+    requested: float | None = None
+    acknowledged_at: datetime | None = None
+    terminal_at: datetime | None = None
+    escalations: list[str] = attrs.field(factory=list)
+    error: str = ""
+    found: float = attrs.field(factory=time.monotonic)
+    ancestors: tuple[str, ...] = ()
+
+    @property
+    def run_id(self) -> UUID | None:
+        return self.run.id if self.run is not None else None
+
+    @property
+    def is_over(self) -> bool:
+        if self.child is not None and (self.child.is_over or self.child.kind == "inline"):
+            return self.child.is_over
+        return self.state is not None and self.state.is_final()
+
+    @property
+    def runs_remotely(self) -> bool:
+        """Whether a runner elsewhere owns the process, so that asking the server helps."""
+        return self.run is not None and self.run.deployment_id is not None
+
+    @property
+    def never_ran(self) -> bool:
+        """Whether the server has never seen it `Running`, and so will refuse to let it."""
+        return self.run is not None and self.run.start_time is None
+
+
+class Teardown:
+    """The teardown of everything below one run.
+
+    Args:
+        flow_name: The supervised flow, for people.
+        lineage: Its run and the ancestors.
+        cause: How that run ends.
+        reason: The same in words; it becomes the state message of every cancelled run.
+        children: The registry's children, direct and known, over or not.
+        in_body: Runs that the body itself is executing inline; they end with it.
+        budget: Seconds for all of it.
+        delegate_to: An ancestor that tears the same tree down and verifies it.
+        top: The run below which to search, if not the supervised run itself.
+        span: Gets an event a step, and is ended with the report.
+    """
+
+    def __init__(
+        self,
+        api: Orchestrator,
+        watcher: Watcher,
+        *,
+        flow_name: str,
+        lineage: _identity.Lineage,
+        cause: Cause,
+        reason: CancelReason,
+        children: Callable[[], Iterable[Child[Any]]],
+        in_body: Callable[[], set[UUID]],
+        budget: Budget,
+        delegate_to: UUID | None = None,
+        top: UUID | None = None,
+        span: _telemetry.TeardownSpan | None = None,
+    ) -> None:
+        self._api = api
+        self._watcher = watcher
+        self._flow_name = flow_name
+        self._lineage = lineage
+        self._cause: Cause = cause
+        self._reason = reason
+        self._children = children
+        self._in_body = in_body
+        self._budget = budget
+        self._delegate_to = delegate_to
+        self._top = top or lineage.run_id
+        self._span = span
+        self._targets: dict[object, _Target] = {}
+        self._spared: set[UUID] = set()
+        self._read_cost = 0.0
+        self._started = time.monotonic()
+        self._started_at = now("UTC")
+
+    @property
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    async def run(self) -> TeardownReport:
+        """Tear down, and return what became of every run."""
+        with anyio.move_on_after(self._budget.total) as scope:
+            await self._work()
+        if scope.cancelled_caught:
+            await self._last_look()
+        report = self._report()
+        if self._span is not None:
+            self._span.end(report)
+        return report
+
+    async def _work(self) -> None:
+        self._take_children()
+        await self._request()
+        await self._discover()
+        await self._request()
+        if self._delegate_to is not None:
+            await self._wait_for_inline()
+            return
+        swept = time.monotonic()
+        while True:
+            await self._verify()
+            await self._escalate()
+            if not self._pending() and not await self._sweep():
+                return
+            if time.monotonic() - swept > _SWEEP_SECONDS:
+                await self._sweep()
+                swept = time.monotonic()
+            await anyio.sleep(max(_READ_SECONDS, 2 * self._read_cost))
+
+    def _pending(self) -> list[_Target]:
+        return [t for t in self._targets.values() if not t.is_over and not self._is_foreign(t)]
+
+    def _is_foreign(self, target: _Target) -> bool:
+        """Whether a run executes here, in a task that no scope started, and had its chance.
+
+        Nothing can end it from outside, so waiting longer would only delay the report.
+        """
+        return (
+            target.child is None
+            and not target.runs_remotely
+            and not self._hosts_of(target)
+            and time.monotonic() - target.found > _FOREIGN_SECONDS
+        )
+
+    # -- find -------------------------------------------------------------------------------
+
+    def _take_children(self) -> None:
+        """Take up the direct children; newer ones turn up here on every call."""
+        for child in self._children():
+            action = child.on_parent[self._cause]
+            if action == "detach" or child.outcome == "detached":
+                if child.flow_run_id is not None:
+                    self._spared.add(child.flow_run_id)
+                if not child.is_over:
+                    child.detach()
+                continue
+            if child.is_over and child.cancel_reason is None:
+                continue
+            target = self._targets.get(child.key)
+            if target is None:
+                target = _Target(name=child.name, depth=1, action=action, child=child)
+                self._targets[child.key] = target
+            if target.run is None and child.flow_run is not None:
+                target.run, target.state = child.flow_run, child.state
+
+    async def _sweep(self) -> bool:
+        """Search again; true if something live turned up."""
+        known = len(self._targets)
+        self._take_children()
+        await self._discover()
+        await self._request()
+        return len(self._targets) > known or bool(self._pending())
+
+    async def _discover(self) -> None:
+        """Find the live runs of all levels: ours by tag, everybody else's by parent link."""
+        try:
+            await self._discover_tagged()
+            await self._discover_linked()
+        except Exception:
+            logger.warning("Could not search the tree of %s; trying again", self._lineage.run_id)
+            logger.debug("Searching failed", exc_info=True)
+
+    async def _discover_tagged(self) -> None:
+        own = self._top
+        for run in await self._api.read_tagged(self._lineage.tag, live_only=True):
+            if run.id == own or not _identity.is_below(run.labels, own):
+                continue
+            if not _identity.is_ours(run.labels, run.idempotency_key):
+                continue
+            path = str(run.labels.get(_identity.PATH)).split("/")
+            if self._spared.intersection(UUID(part) for part in path):
+                continue
+            self._take_run(run, depth=len(path) - path.index(str(own)))
+
+    async def _discover_linked(self) -> None:
+        frontier = {self._top} | {
+            child.flow_run_id for child in self._children() if child.flow_run_id is not None
+        }
+        frontier |= {t.run_id for t in self._targets.values() if t.run_id is not None}
+        seen = set(frontier)
+        depth = 1
+        while frontier := frontier - self._spared:
+            found = await self._api.read_children(frontier)
+            for run in found:
+                if run.id not in seen and run.state is not None and not run.state.is_final():
+                    self._take_run(run, depth=depth)
+            frontier = {run.id for run in found} - seen
+            seen |= frontier
+            depth += 1
+
+    def _take_run(self, run: FlowRun, *, depth: int) -> None:
+        """Take up a run that was found on the server, unless it is detached or known."""
+        if run.id in self._in_body():
+            return
+        if run.labels.get(_identity.DETACHED) or run.id in self._spared:
+            self._spared.add(run.id)
+            return
+        for target in self._targets.values():
+            if target.run_id == run.id:
+                return
+        for child in self._children():
+            if child.flow_run_id == run.id or _same_spawn(child, run):
+                return  # its own target, or about to be
+        action = _identity.on_parent_of(run.labels).get(
+            self._cause if depth == 1 else "cancelled", "cancel"
+        )
+        if action == "detach":
+            self._spared.add(run.id)
+            return
+        self._targets[run.id] = _Target(
+            name=run.name,
+            depth=depth,
+            action="wait" if action == "wait" else "cancel",
+            run=run,
+            state=run.state,
+        )
+
+    # -- request ----------------------------------------------------------------------------
+
+    async def _request(self) -> None:
+        """Ask everything that has not been asked: what runs here directly, the rest in bulk."""
+        fresh = [t for t in self._pending() if t.action == "cancel" and t.requested is None]
+        for target in fresh:
+            if target.child is not None:
+                target.child.mark_cancel(self._reason)
+                if target.child.interrupt is not None:
+                    target.child.interrupt()
+            if target.run is not None:
+                target.requested = time.monotonic()
+                target.requested_at = now("UTC")
+        remote = [t for t in fresh if t.runs_remotely]
+        remote.sort(key=lambda t: t.depth)
+        await self._ask_server(remote)
+
+    async def _ask_server(self, targets: list[_Target]) -> None:
+        if not targets:
+            return
+        by_id = {t.run_id: t for t in targets}
+        message = _identity.mark_message(f"Cancelled because {self._reason}", self._lineage.run_id)
+        try:
+            with anyio.fail_after(_REQUEST_SECONDS):
+                acks = await self._api.request_cancel([i for i in by_id if i], message)
+        except Exception as exc:
+            logger.debug("A request for cancellation failed", exc_info=True)
+            for target in targets:  # all of them are asked again in the next round
+                target.requested = None
+                target.error = f"the request failed: {exc!r}"
+            return
+        if self._span is not None:
+            self._span.step("requested", len(acks))
+        for ack in acks:
+            target = by_id[ack.run_id]
+            target.error = "" if ack.accepted else ack.detail
+            if ack.state is not None:
+                self._update(target, ack.state)
+            if ack.accepted and target.acknowledged_at is None:
+                target.acknowledged_at = now("UTC")
+                if target.child is not None:
+                    target.child.mark_acknowledged()
+
+    # -- verify -----------------------------------------------------------------------------
+
+    async def _verify(self) -> None:
+        ids = [t.run_id for t in self._pending() if t.run_id is not None]
+        if not ids:
+            return
+        began = time.monotonic()
+        try:
+            with _telemetry.unobserved():
+                runs = await self._api.read_runs(ids)
+        except Exception:
+            logger.debug("Could not read the tree; trying again", exc_info=True)
+            return
+        self._read_cost = time.monotonic() - began
+        for run in runs:
+            self._watcher.apply(run)
+            for target in self._targets.values():
+                if target.run_id == run.id and run.state is not None:
+                    target.run = run
+                    self._update(target, run.state)
+
+    def _update(self, target: _Target, state: State[Any]) -> None:
+        target.state = state
+        if state.is_final() and target.terminal_at is None:
+            target.terminal_at = now("UTC")
+        if state.is_final() and target.child is not None and target.run_id is not None:
+            self._watcher.hint(target.run_id)
+
+    async def _last_look(self) -> None:
+        """Read once more after the budget is spent, so that the report is as true as it can be."""
+        with anyio.move_on_after(2.0, shield=True):
+            await self._verify()
+
+    async def _wait_for_inline(self) -> None:
+        """Wait for what runs in this process; an ancestor verifies everything else."""
+        while any(t.child is not None and t.child.kind == "inline" for t in self._pending()):
+            await anyio.sleep(0.05)
+            await self._escalate()
+
+    # -- escalate ---------------------------------------------------------------------------
+
+    async def _escalate(self) -> None:
+        for target in self._pending():
+            if target.requested is None or target.action != "cancel":
+                continue
+            waited = time.monotonic() - target.requested
+            try:
+                await self._escalate_one(target, waited)
+            except Exception as exc:
+                logger.debug("Escalating %s failed", target.name, exc_info=True)
+                target.error = f"escalating failed: {exc!r}"
+
+    async def _escalate_one(self, target: _Target, waited: float) -> None:
+        if target.child is not None and target.child.kind == "inline":
+            await self._escalate_inline(target, target.child, waited)
+        elif not target.runs_remotely:
+            await self._close_with_host(target, waited)
+        elif target.acknowledged_at is None:
+            if waited > self._budget.request_again_after and self._first(
+                target, "asked again", waited
+            ):
+                await self._ask_server([target])
+        elif target.never_ran:
+            await self._close_unstarted(target, waited)
+
+    async def _escalate_inline(self, target: _Target, child: Child[Any], waited: float) -> None:
+        """Repeat the request to code that swallowed it; at last end its engine's task."""
+        if child.interrupt is None:
+            return
+        if waited > self._budget.request_again_after and self._first(target, "asked again", waited):
+            child.interrupt()
+        if waited > self._budget.close_after and self._first(target, "interrupted", waited):
+            child.interrupt(hard=True)
+
+    async def _close_unstarted(self, target: _Target, waited: float) -> None:
+        """Close a run that was cancelled while its process was starting.
+
+        The server refuses `Running` to it, so its process ends with code 1 before the user's
+        code, and nothing ever writes its last state (300 s until the server's own timeout).
+        A runner that had not registered the process yet is told again; it then needs 3.3 s to
+        finish the run. If none does, there is no process.
+        """
+        assert target.run_id is not None
+        if waited > self._budget.nudge_after and self._first(target, "nudged", waited):
+            await self._api.nudge(target.run_id)
+        if waited > self._budget.close_after and self._first(target, "closed", waited):
+            state = await self._api.close_run(target.run_id, "Cancelled before it had started.")
+            if state is not None:
+                self._update(target, state)
+
+    async def _close_with_host(self, target: _Target, waited: float) -> None:
+        """Close an inline run in another process once that process's own run is over."""
+        assert target.run is not None
+        if not self._host_is_over(target) or target.run_id is None:
+            return
+        if self._first(target, "closed", waited):
+            state = await self._api.close_run(target.run_id, "Cancelled together with its process.")
+            if state is not None:
+                self._update(target, state)
+
+    def _host_is_over(self, target: _Target) -> bool:
+        hosts = self._hosts_of(target)
+        return bool(hosts) and all(t.is_over for t in hosts)
+
+    def _hosts_of(self, target: _Target) -> list[_Target]:
+        """Return the deployed runs above an inline one; the nearest is its process."""
+        above = set(target.ancestors)
+        if target.run is not None:
+            above |= set(str(target.run.labels.get(_identity.PATH, "")).split("/"))
+        return [t for t in self._targets.values() if t.runs_remotely and str(t.run_id) in above]
+
+    def _first(self, target: _Target, step: str, waited: float) -> bool:
+        """Record a step, once; false if it was taken before."""
+        if step in target.escalations:
+            return False
+        target.escalations.append(step)
+        if target.child is not None:
+            target.child.escalations.append(step)
+            if target.child.span is not None:
+                target.child.span.escalated(step, waited)
+        return True
+
+    # -- report -----------------------------------------------------------------------------
+
+    def _report(self) -> TeardownReport:
+        receipts = [self._receipt(t) for t in self._targets.values()]
+        receipts += [
+            Receipt(
+                name=child.name,
+                flow_run_id=child.flow_run_id,
+                url=child.url,
+                status="detached",
+                reason="detached on purpose",
+            )
+            for child in self._children()
+            if child.outcome == "detached"
+        ]
+        return TeardownReport(
+            flow_name=self._flow_name,
+            flow_run_id=self._lineage.run_id,
+            cause=self._cause,
+            reason=str(self._reason),
+            started_at=self._started_at,
+            seconds=self._elapsed,
+            receipts=tuple(sorted(receipts, key=lambda receipt: receipt.depth)),
+            delegated_to=self._delegate_to,
+        )
+
+    def _receipt(self, target: _Target) -> Receipt:
+        child = target.child
+        outcome = child.outcome if child is not None else None
+        if outcome is None and target.state is not None:
+            outcome = outcome_of(target.state, asked=True)
+        over = target.is_over or outcome is not None
+        delegated = self._delegate_to is not None and target.acknowledged_at is not None
+        status = receipt_status(
+            outcome or ("cancelled" if delegated else "abandoned"),
+            forced="closed" in target.escalations,
+        )
+        return Receipt(
+            name=target.name,
+            flow_run_id=target.run_id,
+            url=url_for("flow-run", obj_id=target.run_id) if target.run_id else None,
+            status=status,
+            reason=str(self._reason) if over or delegated else self._why_unverified(target),
+            requested_at=target.requested_at or (child.requested_at if child else None),
+            acknowledged_at=target.acknowledged_at,
+            terminal_at=target.terminal_at or (child.ended_at if child else None),
+            escalations=tuple(target.escalations),
+            depth=target.depth,
+        )
+
+    def _why_unverified(self, target: _Target) -> str:
+        where = f"still {target.state.name}" if target.state is not None else "no state known"
+        if target.error:
+            return f"{where}; {target.error}"
+        if target.action == "wait":
+            return f"{where}; its policy is to be waited for, and the grace ran out"
+        if target.child is not None and target.child.kind == "inline":
+            return f"{where}; its code in this process ignores the cancellation"
+        if not target.runs_remotely:
+            return f"{where}; it runs inline in code that this scope did not start"
+        return f"{where} {self._elapsed:.0f} s after the request; its runner or process may be dead"
+
+
+def _same_spawn(child: Child[Any], run: FlowRun) -> bool:
+    """Whether a run is a child whose creation has not been answered yet."""
+    labels: Mapping[str, Any] = run.labels
+    return (
+        child.flow_run_id is None
+        and not child.is_over
+        and labels.get(_identity.KEY) == child.key
+        and labels.get(_identity.GENERATION) == child.generation
+    )

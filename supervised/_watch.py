@@ -1,0 +1,196 @@
+"""One watcher a process: hears state changes from one event stream, confirms them by reads.
+
+The stream only hints. Every end is read before it counts, many in one request, so an event that
+is dropped costs latency, and one that is repeated, late or replayed costs a read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from prefect.client.schemas.objects import State, StateType
+
+from supervised import _telemetry
+from supervised._policy import outcome_of
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import FlowRun
+
+    from supervised._api import Orchestrator, RunEvent
+    from supervised._child import Child
+
+logger = logging.getLogger("prefect.supervised.watch")
+
+_POLL_SECONDS = 10.0  # while events flow: only a safety net
+_POLL_WITHOUT_EVENTS_SECONDS = 1.5
+_COALESCE_SECONDS = 0.02
+_RECONNECT_SECONDS = 2.0
+_TERMINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
+
+
+class Watcher:
+    """Observes children and the runs that own scopes, for all scopes of a control plane."""
+
+    def __init__(self, api: Orchestrator) -> None:
+        self._api = api
+        self._children: dict[UUID, Child[Any]] = {}
+        self._owners: dict[UUID, Callable[[FlowRun], None]] = {}
+        self._resources: Counter[str] = Counter()
+        self._hinted: set[UUID] = set()
+        self._wake_reader = anyio.Event()
+        self._resubscribe = anyio.Event()
+        self._connected = False
+
+    def watch(self, child: Child[Any]) -> None:
+        """Follow a child whose run exists."""
+        assert child.flow_run_id is not None
+        self._children[child.flow_run_id] = child
+
+    def watch_owner(self, run_id: UUID, tag: str, on_change: Callable[[FlowRun], None]) -> None:
+        """Follow a scope's own run, and all runs with its tree's tag."""
+        self._owners[run_id] = on_change
+        self._subscribe(+1, tag, f"prefect.flow-run.{run_id}")
+
+    def unwatch_owner(self, run_id: UUID, tag: str) -> None:
+        """Stop following a scope's own run."""
+        self._owners.pop(run_id, None)
+        self._subscribe(-1, tag, f"prefect.flow-run.{run_id}")
+
+    def hint(self, run_id: UUID) -> None:
+        """Have a run read soon."""
+        self._hinted.add(run_id)
+        self._wake_reader.set()
+
+    def apply(self, run: FlowRun) -> None:
+        """Take over what a read says of a run."""
+        if (on_change := self._owners.get(run.id)) is not None:
+            on_change(run)
+        child = self._children.get(run.id)
+        if child is None or run.state is None:
+            return
+        outcome = outcome_of(run.state, asked=child.cancel_reason is not None)
+        if outcome is None:
+            child.observe(run.state)
+            self._ask_inline(child, run.state)
+        elif child.kind != "inline":
+            self._children.pop(run.id, None)
+            child.settle(outcome, state=run.state)
+        elif child.is_over:
+            self._children.pop(run.id, None)
+
+    @staticmethod
+    def _ask_inline(child: Child[Any], state: State) -> None:
+        """Cancel an inline child whose run somebody set to `Cancelling`: no runner will."""
+        if child.kind == "inline" and state.is_cancelling() and child.cancel_reason is None:
+            child.cancel(state.message or "its run was set to Cancelling")
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._listen)
+            tasks.start_soon(self._read_hinted)
+            tasks.start_soon(self._poll)
+
+    # -- events -----------------------------------------------------------------------------
+
+    def _subscribe(self, step: int, *resources: str) -> None:
+        before = set(self._resources)
+        for resource in resources:
+            self._resources[resource] += step
+        self._resources = +self._resources
+        if set(self._resources) - before:
+            self._resubscribe.set()
+
+    async def _listen(self) -> None:
+        while True:
+            while not self._resources:
+                await self._resubscribe.wait()
+                self._resubscribe = anyio.Event()
+            self._resubscribe = anyio.Event()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._stream, list(self._resources), tasks.cancel_scope)
+                await self._resubscribe.wait()
+                tasks.cancel_scope.cancel()
+
+    async def _stream(self, resources: list[str], scope: anyio.CancelScope) -> None:
+        try:
+            async with self._api.subscribe(resources) as events:
+                self._connected = True
+                async for event in events:
+                    self._on_event(event)
+            logger.debug("The event stream ended; polling until it is back")
+        except Exception:
+            logger.debug("The event stream failed; polling until it is back", exc_info=True)
+        finally:
+            self._connected = False
+        await anyio.sleep(_RECONNECT_SECONDS)
+        scope.cancel()
+
+    def _on_event(self, event: RunEvent) -> None:
+        child = self._children.get(event.run_id)
+        if child is None and event.run_id not in self._owners:
+            return
+        if event.state_type in _TERMINAL or event.state_type == StateType.CANCELLING:
+            self.hint(event.run_id)
+        elif child is not None and child.kind != "inline":
+            child.observe(State(type=event.state_type, name=event.state_name))
+
+    # -- reads ------------------------------------------------------------------------------
+
+    async def _read_hinted(self) -> None:
+        while True:
+            await self._wake_reader.wait()
+            await anyio.sleep(_COALESCE_SECONDS)
+            self._wake_reader = anyio.Event()
+            hinted, self._hinted = self._hinted, set()
+            if not await self.refresh(hinted):
+                await anyio.sleep(_POLL_WITHOUT_EVENTS_SECONDS)
+                for run_id in hinted:
+                    self.hint(run_id)
+
+    async def _poll(self) -> None:
+        while True:
+            await anyio.sleep(_POLL_SECONDS if self._connected else _POLL_WITHOUT_EVENTS_SECONDS)
+            await self.refresh({*self._children, *self._owners})
+
+    async def refresh(self, run_ids: set[UUID]) -> bool:
+        """Read these runs in one go and apply what they say; false if the server failed."""
+        if not run_ids:
+            return True
+        try:
+            with _telemetry.unobserved():
+                runs = await self._api.read_runs(run_ids)
+        except Exception:
+            logger.debug("Could not read %d runs; trying again", len(run_ids), exc_info=True)
+            return False
+        for run in runs:
+            self.apply(run)
+        for run_id in run_ids - {run.id for run in runs}:
+            self._lost(run_id)
+        return True
+
+    def _lost(self, run_id: UUID) -> None:
+        """Settle a child whose run somebody deleted."""
+        child = self._children.pop(run_id, None)
+        if child is not None and child.kind != "inline":
+            gone = LookupError("its flow run was deleted from the server")
+            child.settle("crashed", exception=gone)
+
+
+@asynccontextmanager
+async def open_watcher(api: Orchestrator) -> AsyncIterator[Watcher]:
+    """Run a watcher for as long as the context lasts."""
+    watcher = Watcher(api)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watcher.run)
+        try:
+            yield watcher
+        finally:
+            tasks.cancel_scope.cancel()
