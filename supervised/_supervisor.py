@@ -575,8 +575,11 @@ class Supervisor:
     async def _recheck(
         self, services: Services, cause: Cause, reason: CancelReason
     ) -> tuple[Cause, CancelReason]:
-        """Tell a crash from a cancellation whose notice has not reached us yet."""
-        if cause != "crashed":
+        """Learn of a cancellation of our own run whose notice has not reached us yet.
+
+        It tells a crash from a cancellation, and names the ancestor that covers our tree.
+        """
+        if cause not in {"crashed", "cancelled"} or self.own_cancellation is not None:
             return cause, reason
         try:
             with anyio.fail_after(2.0):

@@ -56,12 +56,12 @@ class Watcher:
     def watch_owner(self, run_id: UUID, tag: str, on_change: Callable[[FlowRun], None]) -> None:
         """Follow a scope's own run, and all runs with its tree's tag."""
         self._owners[run_id] = on_change
-        self._subscribe(+1, tag, f"prefect.flow-run.{run_id}")
+        self._subscribe(+1, *_resources(run_id, tag))
 
     def unwatch_owner(self, run_id: UUID, tag: str) -> None:
         """Stop following a scope's own run."""
         self._owners.pop(run_id, None)
-        self._subscribe(-1, tag, f"prefect.flow-run.{run_id}")
+        self._subscribe(-1, *_resources(run_id, tag))
 
     def hint(self, run_id: UUID) -> None:
         """Have a run read soon."""
@@ -182,6 +182,11 @@ class Watcher:
         if child is not None and child.kind != "inline":
             gone = LookupError("its flow run was deleted from the server")
             child.settle("crashed", exception=gone)
+
+
+def _resources(run_id: UUID, tag: str) -> tuple[str, str]:
+    """Return what the events of a run and of its tree have in common, as Prefect names it."""
+    return f"prefect.tag.{tag}", f"prefect.flow-run.{run_id}"
 
 
 @asynccontextmanager

@@ -1,0 +1,150 @@
+"""Help for testing supervised flows: throw-away servers and runners, with real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import attrs
+import httpx
+
+__all__ = ["LocalServer", "local_server", "running"]
+
+_START_SECONDS = 120.0
+_STOP_SECONDS = 15.0
+
+
+@attrs.frozen
+class LocalServer:
+    """A Prefect server that belongs to a test.
+
+    Args:
+        url: Its API, for `PREFECT_API_URL`.
+        home: Its `PREFECT_HOME`, with the database.
+        env: What a process needs in its environment to talk to it.
+    """
+
+    url: str
+    home: Path
+    env: Mapping[str, str]
+
+
+@contextlib.contextmanager
+def local_server(
+    *,
+    home: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Iterator[LocalServer]:
+    """Run a Prefect server on a free port of the loopback interface, and stop it.
+
+    It has all services, the cascade of cancellations included, which the ephemeral server of
+    `prefect.testing.utilities.prefect_test_harness` lacks.
+
+    Args:
+        home: Where it keeps its database; a temporary folder by default.
+        settings: Further Prefect settings as environment variables.
+        progress: Called about twice a second with the seconds waited so far.
+
+    Yields:
+        The server, ready to answer.
+
+    Raises:
+        RuntimeError: If it does not answer within two minutes; the message carries its log.
+
+    Example:
+        ```python
+        with local_server() as server, temporary_settings({PREFECT_API_URL: server.url}):
+            nightly()
+        ```
+    """
+    with contextlib.ExitStack() as stack:
+        if home is None:
+            folder = tempfile.TemporaryDirectory(prefix="supervised-", ignore_cleanup_errors=True)
+            home = Path(stack.enter_context(folder))
+        port = _free_port()
+        url = f"http://127.0.0.1:{port}/api"
+        # The profile's API URL must not win over the server's own.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        env |= {
+            "PREFECT_HOME": str(home),
+            "PREFECT_API_URL": url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            **(settings or {}),
+        }
+        command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui"]
+        log = home / "server.log"
+        process = stack.enter_context(
+            running([*command, "--host", "127.0.0.1", "--port", str(port)], env=env, log=log)
+        )
+        _wait_until_healthy(url, process, log, progress)
+        yield LocalServer(url, home, env)
+
+
+@contextlib.contextmanager
+def running(
+    command: list[str], *, env: Mapping[str, str], log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a process group of its own, and end the whole group afterwards.
+
+    Args:
+        command: The command and its arguments.
+        env: Its whole environment.
+        log: File that its output is appended to.
+
+    Yields:
+        The process.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603 - the caller's own command
+            command,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        _stop_group(process)
+
+
+def _stop_group(process: subprocess.Popen[bytes]) -> None:
+    """Ask the leader to end, then end what is left of its group."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait_until_healthy(
+    url: str, process: subprocess.Popen[bytes], log: Path, progress: Callable[[float], None]
+) -> None:
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < _START_SECONDS and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=2).is_success:
+                return
+        progress(waited)
+        time.sleep(0.4)
+    tail = log.read_text(errors="replace")[-2000:]
+    raise RuntimeError(f"The Prefect server at {url} did not start:\n{tail}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

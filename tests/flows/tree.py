@@ -1,0 +1,140 @@
+"""The flows that the server tests deploy. Every process leaves a marker with its pid."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import prefect.runtime
+from prefect import flow, task
+from prefect.deployments import run_deployment
+from supervised import supervised_flow, supervisor
+
+
+def mark(folder: str) -> None:
+    run_id = prefect.runtime.flow_run.id
+    (Path(folder) / f"{run_id}.pid").write_text(str(os.getpid()))
+
+
+def asked(folder: str, what: str) -> bool:
+    return (Path(folder) / what).exists()
+
+
+@flow
+def leaf(folder: str, seconds: float = 300, part: int = 0) -> int:
+    mark(folder)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not asked(folder, f"finish-{part}"):
+        if asked(folder, f"fail-{part}"):
+            raise ValueError(f"part {part} is bad")
+        time.sleep(0.05)
+    return part
+
+
+@flow(persist_result=True)
+def persisted(folder: str, part: int = 0) -> int:
+    mark(folder)
+    return part * 10
+
+
+@flow
+async def inline_leaf(folder: str, part: int = 0) -> int:
+    while not asked(folder, f"finish-{part}"):
+        await asyncio.sleep(0.05)
+    return part
+
+
+@supervised_flow
+async def mid(folder: str, leaves: int = 3) -> None:
+    mark(folder)
+    for part in range(leaves):
+        supervisor.spawn("leaf/test", {"folder": folder, "part": part})
+
+
+@supervised_flow
+def mid_sync(folder: str, leaves: int = 3) -> None:
+    mark(folder)
+    children = [
+        supervisor.spawn("leaf/test", {"folder": folder, "part": part}) for part in range(leaves)
+    ]
+    for child in children:
+        child.result()
+
+
+@flow
+def mid_plain(folder: str, leaves: int = 2) -> None:
+    mark(folder)
+    for part in range(leaves):
+        run_deployment("leaf/test", {"folder": folder, "part": part}, timeout=0)
+    while not asked(folder, "finish"):
+        time.sleep(0.05)
+
+
+@task
+def spawn_in_task(folder: str, part: int) -> str:
+    return supervisor.spawn("leaf/test", {"folder": folder, "part": part}).key
+
+
+async def _body(folder: str, children: list[str]) -> None:
+    mark(folder)
+    for part, target in enumerate(children):
+        if target == "inline":
+            supervisor.spawn(inline_leaf, {"folder": folder, "part": part})
+        elif target == "plain":
+            await run_deployment("leaf/test", {"folder": folder, "part": part}, timeout=0)
+        elif target == "task":
+            spawn_in_task(folder, part)
+        else:
+            parameters = {"folder": folder}
+            if target.startswith("leaf"):
+                parameters["part"] = part
+            supervisor.spawn(target, parameters)
+    while not asked(folder, "finish"):
+        if asked(folder, "raise"):
+            raise ValueError("the body failed")
+        await asyncio.sleep(0.05)
+
+
+@supervised_flow
+async def root(folder: str, children: list[str]) -> None:
+    await _body(folder, children)
+
+
+@supervised_flow
+def root_sync(folder: str, children: list[str]) -> None:
+    mark(folder)
+    for part, target in enumerate(children):
+        if target == "plain":
+            run_deployment("leaf/test", {"folder": folder, "part": part}, timeout=0)
+            continue
+        parameters = {"folder": folder}
+        if target.startswith("leaf"):
+            parameters["part"] = part
+        supervisor.spawn(target, parameters)
+    while not asked(folder, "finish"):
+        if asked(folder, "raise"):
+            raise ValueError("the body failed")
+        time.sleep(0.05)
+
+
+# Functions of their own: a runner loads a flow by its function, without `with_options`.
+@supervised_flow(timeout_seconds=25)
+async def root_timeout(folder: str, children: list[str]) -> None:
+    await _body(folder, children)
+
+
+@supervised_flow(timeout_seconds=25)
+def root_sync_timeout(folder: str, children: list[str]) -> None:
+    root_sync.unsupervised_fn(folder, children)
+
+SERVED = [
+    leaf,
+    persisted,
+    mid,
+    mid_sync,
+    mid_plain,
+    root,
+    root_sync,
+    root_timeout,
+    root_sync_timeout,
+]

@@ -1,0 +1,125 @@
+"""A real server with real runners, and questions to ask of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+import psutil
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling, Scheduled
+
+from supervised.testing import LocalServer
+
+T = TypeVar("T")
+FLOWS = Path(__file__).parents[1] / "flows"
+
+
+def eventually(question: Callable[[], T], *, seconds: float, what: str) -> T:
+    """Ask until the answer is true, or fail saying what was waited for."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"Not within {seconds:g} s: {what}; last answer: {answer!r}")
+        time.sleep(0.05)
+
+
+class World:
+    """One server, and a folder in which the processes of its runs leave their marks."""
+
+    def __init__(self, server: LocalServer, folder: Path, client: SyncPrefectClient) -> None:
+        self.server = server
+        self.folder = folder
+        self.client = client
+
+    def for_test(self, folder: Path) -> World:
+        return World(self.server, folder, self.client)
+
+    # -- acting ---------------------------------------------------------------------------
+
+    def start(self, deployment: str, **parameters: Any) -> FlowRun:
+        found = self.client.read_deployment_by_name(deployment)
+        return self.client.create_flow_run_from_deployment(
+            found.id,
+            parameters={"folder": str(self.folder), **parameters},
+            state=Scheduled(),
+            idempotency_key=str(uuid4()),
+        )
+
+    def cancel(self, run_id: UUID) -> None:
+        self.client.set_flow_run_state(run_id, Cancelling())
+
+    def tell(self, what: str) -> None:
+        (self.folder / what).touch()
+
+    # -- asking ---------------------------------------------------------------------------
+
+    def run(self, run_id: UUID) -> FlowRun:
+        return self.client.read_flow_run(run_id)
+
+    def tree(self, root: UUID) -> list[FlowRun]:
+        """The root and all that stands below it, by Prefect's own parent links."""
+        runs, frontier = [self.run(root)], [root]
+        while frontier:
+            below = self.client.read_flow_runs(
+                flow_run_filter=FlowRunFilter.model_validate(
+                    {"parent_flow_run_id": {"any_": [str(run_id) for run_id in frontier]}}
+                )
+            )
+            runs += below
+            frontier = [run.id for run in below]
+        return runs
+
+    def pids(self) -> dict[str, int]:
+        """Pids by run id, of all that have started."""
+        found = {}
+        for path in self.folder.glob("*.pid"):
+            if text := path.read_text():
+                found[path.stem] = int(text)
+        return found
+
+    def alive(self) -> dict[str, int]:
+        """Pids by run id, of those whose process still is that run's."""
+        return {run_id: pid for run_id, pid in self.pids().items() if _is_alive(pid)}
+
+    def started(self, count: int) -> bool:
+        return len(self.alive()) >= count
+
+    def wait_for_start(self, count: int, seconds: float = 90) -> None:
+        eventually(
+            lambda: self.started(count), seconds=seconds, what=f"{count} processes have started"
+        )
+
+    def is_over(self, root: UUID) -> bool:
+        return all(run.state is not None and run.state.is_final() for run in self.tree(root))
+
+    def states(self, root: UUID) -> dict[str, str]:
+        return {f"{run.name} {run.id}": str(run.state_name) for run in self.tree(root)}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def open_world(server: LocalServer, folder: Path) -> Any:
+    """Return the context managers' work in one: settings that point here, and a client."""
+    import contextlib
+
+    @contextlib.contextmanager
+    def world() -> Any:
+        with temporary_settings({PREFECT_API_URL: server.url}), get_client(sync_client=True) as c:
+            yield World(server, folder, c)
+
+    return world()
