@@ -6,9 +6,7 @@ stream. Every call may be repeated: creations carry keys under which the server 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import UUID, uuid4
 
@@ -49,6 +47,9 @@ from supervised._errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+    from datetime import datetime
+
     from prefect.client.schemas.responses import DeploymentResponse
     from prefect.events import Event
     from prefect.flows import Flow

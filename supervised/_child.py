@@ -6,8 +6,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult
@@ -16,7 +14,6 @@ from prefect.states import Pending
 from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
-from supervised import _telemetry
 from supervised._errors import (
     ChildCancelled,
     ChildCrashed,
@@ -28,11 +25,13 @@ from supervised._errors import (
 from supervised._types import CancelReason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Generator, Mapping
+    from datetime import datetime
     from uuid import UUID
 
     from prefect.client.schemas.objects import FlowRun, State
 
+    from supervised import _compat, _telemetry
     from supervised._types import Action, Cause, Kind, Outcome
 
 logger = logging.getLogger("prefect.supervised.child")
@@ -207,20 +206,26 @@ class Child(PrefectFuture[R], Generic[R]):
         """
         self.wait(timeout)
         self._require_over(timeout)
+        answer: R
         if self._outcome == "completed":
-            return self._stored_value(self._load_sync)
-        return self._failure(raise_on_failure, self._load_exception_sync())
+            answer = self._stored_value(self._load_sync)
+        else:
+            answer = self._failure(raise_on_failure, self._load_exception_sync())
+        return answer
 
     async def aresult(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
         """Return the child's result, waiting for it in the running loop; see `result`."""
         with self._waiting():
             await self.wait_async(timeout)
             self._require_over(timeout)
+            answer: R
             if self._outcome == "completed":
                 if self._value is _NO_RESULT:
                     self._value = await self._load()
-                return self._value
-            return self._failure(raise_on_failure, await self._load_exception())
+                answer = self._value
+            else:
+                answer = self._failure(raise_on_failure, await self._load_exception())
+            return answer
 
     def __await__(self) -> Generator[Any, Any, R]:
         return self.aresult().__await__()
@@ -232,6 +237,14 @@ class Child(PrefectFuture[R], Generic[R]):
                 self._callbacks.append(fn)
                 return
         fn(self)
+
+    def when_over(self, act: Callable[[], object]) -> None:
+        """Call *act* when the child is over; see `add_done_callback`."""
+
+        def call(_: Child[R]) -> None:
+            act()
+
+        self.add_done_callback(call)
 
     # -- acting -----------------------------------------------------------------------------
 
@@ -396,7 +409,7 @@ class Child(PrefectFuture[R], Generic[R]):
         if self._state is None or self._state.data is None:
             return None
         try:
-            return self._state.result(raise_on_failure=False, _sync=True)  # type: ignore[call-arg]
+            return _compat.state_result(self._state)
         except MissingResult:
             return None
 
@@ -412,9 +425,7 @@ class Child(PrefectFuture[R], Generic[R]):
         if self._exception is not None or not self._has_stored_exception():
             return self._exception
         assert self._state is not None
-        return _own_exception(
-            self._state.result(raise_on_failure=False, _sync=True)  # type: ignore[call-arg]
-        )
+        return _own_exception(_compat.state_result(self._state))
 
     async def _load_exception(self) -> BaseException | None:
         if self._exception is not None or not self._has_stored_exception():

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from prefect.flow_engine import run_flow
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine, Mapping
+    from collections.abc import Coroutine, Mapping
 
     from prefect.client.schemas.objects import FlowRun, State
     from prefect.context import FlowRunContext
     from prefect.flows import Flow
 
 try:
-    from prefect.telemetry.run_telemetry import LABELS_TRACEPARENT_KEY as TRACEPARENT_LABEL
+    from prefect.telemetry.run_telemetry import LABELS_TRACEPARENT_KEY
 except ImportError:  # pragma: no cover - every Prefect since 3.1.11 has it
-    TRACEPARENT_LABEL = "__OTEL_TRACEPARENT"
+    LABELS_TRACEPARENT_KEY = "__OTEL_TRACEPARENT"
+
+TRACEPARENT_LABEL = LABELS_TRACEPARENT_KEY
+"""The label of a run in which Prefect keeps the W3C traceparent of its span."""
 
 RUN_DEPLOYMENT_TASK_KEY = "prefect.deployments.flow_runs.run_deployment."
 """What the tracking tasks of plain `run_deployment` calls start with (deployments/flow_runs.py)."""
@@ -61,17 +64,13 @@ def plain_launches(context: FlowRunContext) -> bool:
     return any(key.startswith(RUN_DEPLOYMENT_TASK_KEY) for key in context.task_run_dynamic_keys)
 
 
-def run_flow_inline(
-    flow: Flow[..., Any],
-    flow_run: FlowRun,
-    parameters: Mapping[str, Any],
-    return_type: Literal["state", "result"] = "state",
-) -> Awaitable[State] | State:
-    """Run a flow in this process under a flow run that exists already."""
-    result: Any = run_flow(
-        flow, flow_run=flow_run, parameters=dict(parameters), return_type=return_type
-    )
-    return result
+def run_flow_inline(flow: Flow[..., Any], flow_run: FlowRun, parameters: Mapping[str, Any]) -> Any:
+    """Run a flow in this process under a flow run that exists already.
+
+    Returns:
+        Its final state; for an async flow, an awaitable of it.
+    """
+    return run_flow(flow, flow_run=flow_run, parameters=dict(parameters), return_type="state")
 
 
 def engine_owns_cancellation() -> bool:
@@ -83,3 +82,11 @@ def engine_owns_cancellation() -> bool:
 def run_coroutine(coroutine: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine from sync code, whether or not a loop runs in this thread."""
     run_coro_as_sync(coroutine)
+
+
+def state_result(state: State[Any]) -> Any:
+    """Return a state's result, or its exception, from sync code.
+
+    `State.result` guesses from the calling frame whether to return an awaitable; this does not.
+    """
+    return run_coro_as_sync(state.aresult(raise_on_failure=False))

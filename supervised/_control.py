@@ -14,12 +14,14 @@ import concurrent.futures
 import contextvars
 import os
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from prefect.context import SettingsContext, get_settings_context
 from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -95,7 +97,7 @@ class ControlPlane(Generic[S]):
             except asyncio.CancelledError:
                 future.cancel()
                 raise
-            except BaseException as exc:  # noqa: BLE001 - it belongs to whoever holds the future
+            except BaseException as exc:
                 _resolve(future, exception=exc)
             else:
                 _resolve(future, result=result)

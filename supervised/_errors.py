@@ -118,19 +118,19 @@ class ChildError(SupervisedError):
         return f"Child {self.child!r}{run} {text}{where}"
 
 
-class ChildFailed(ChildError):  # noqa: N818 - named like Prefect's FailedRun
+class ChildFailed(ChildError):
     """The child's flow raised, or returned a failed state."""
 
 
-class ChildCrashed(ChildError):  # noqa: N818
+class ChildCrashed(ChildError):
     """The child's process or infrastructure died and nobody had asked for it."""
 
 
-class ChildTimedOut(ChildError):  # noqa: N818
+class ChildTimedOut(ChildError):
     """The child exceeded its own timeout."""
 
 
-class ChildCancelled(ChildError):  # noqa: N818
+class ChildCancelled(ChildError):
     """The child was cancelled; `reason` says by whom."""
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from prefect.context import FlowRunContext
@@ -20,6 +18,9 @@ from supervised._supervisor import Supervisor
 from supervised._types import OnChildFailure, OnParent, ScopeOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
     from prefect.deployments.storage import ReadableDeploymentStorage  # type: ignore[import-not-found]
     from prefect.flows import FlowStateHook
     from prefect.futures import PrefectFuture
@@ -60,7 +61,7 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
         # Prefect runs `fn`, not `__call__`, for everything that a runner starts.
         self.fn = _wrap(original, self.scope_options)
 
-    def with_options(self, **options: Any) -> SupervisedFlow[P, R]:  # type: ignore[override]
+    def with_options(self, **options: Any) -> SupervisedFlow[P, R]:
         """Return a copy with other options, those of the scope included.
 
         Args:
@@ -71,12 +72,12 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
             TypeError: If an option does not exist.
         """
         given = {name: options.pop(name) for name in _SCOPE_OPTION_NAMES if name in options}
-        hooks = {
+        hooks: dict[str, Any] = {
             name: normalise_hooks(name, options.pop(name))
             for name in HOOK_OPTIONS
             if name in options
         }
-        plain = super().with_options(**options, **hooks)
+        plain = super().with_options(**{**options, **hooks})
         new = copy.copy(self)
         new.__dict__.update(plain.__dict__)
         new.scope_options = _scope_options(base=self.scope_options, **given)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
+import copy
 import functools
 import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import anyio
 import attrs
+from prefect.client.schemas.objects import State
 from prefect.context import TagsContext
 from prefect.exceptions import TerminationSignal
 from prefect.flows import Flow
 from prefect.logging import get_run_logger
-from prefect.states import Cancelled, Cancelling, State
+from prefect.states import Cancelled, Cancelling
 from prefect.types._datetime import now
 from prefect.utilities.callables import get_call_parameters
 
@@ -36,6 +35,10 @@ from supervised._errors import (
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
+    import contextvars
+    from collections.abc import Callable, Mapping
+    from datetime import datetime
+
     from prefect.client.schemas.objects import FlowRun
 
     from supervised._child import Child
@@ -127,7 +130,7 @@ async def launch(api: Orchestrator, child: Child[Any], spec: LaunchSpec) -> Flow
         exc.child = child.name
         child.settle("failed", exception=exc)
         return None
-    except Exception as exc:  # noqa: BLE001 - whatever it is, it is this child's alone
+    except Exception as exc:
         failure = SpawnError(f"Launching child {child.name!r} failed: {exc!r}", child=child.name)
         failure.__cause__ = exc
         child.settle("failed", exception=failure)
@@ -210,7 +213,9 @@ class InlineRun:
     delivered there once, and turned into a returned `Cancelled` state.
     """
 
-    def __init__(self, child: Child[Any], flow: Flow[..., Any], run: FlowRun, spec: LaunchSpec):
+    def __init__(
+        self, child: Child[Any], flow: Flow[..., Any], run: FlowRun, spec: LaunchSpec
+    ) -> None:
         self._child = child
         self._run = run
         self._parameters = bind_parameters(flow, spec.parameters)
@@ -267,7 +272,9 @@ class InlineRun:
     async def _run_in_loop(self) -> None:
         current_child.set(self._child)
         try:
-            state = await _compat.run_flow_inline(self._flow, self._run, self._parameters)
+            state: State[Any] = await _compat.run_flow_inline(
+                self._flow, self._run, self._parameters
+            )
         except BaseException as exc:
             self._ended_by(exc)
             if isinstance(exc, Exception):
@@ -280,7 +287,7 @@ class InlineRun:
         try:
             result = _compat.run_flow_inline(self._flow, self._run, self._parameters)
             state = asyncio.run(_await(result)) if inspect.isawaitable(result) else result
-        except BaseException as exc:  # noqa: BLE001 - a thread has nobody to raise to
+        except BaseException as exc:
             self._ended_by(exc)
             return
         asyncio.run(self._ended_async(state))
@@ -311,8 +318,6 @@ class InlineRun:
 
     def _guarded(self, flow: Flow[..., Any]) -> Flow[..., Any]:
         """Return a copy of the flow whose function knows of cancellation."""
-        import copy
-
         guarded = copy.copy(flow)
         if self._spec.run_name is not None:
             guarded.flow_run_name = None  # an explicit name wins over the flow's template
@@ -372,7 +377,7 @@ def _own_timeout(flow: Flow[..., Any], started: float) -> bool:
 
 def uncancel() -> None:
     """Take the cancellation as answered (Python 3.11 counts them)."""
-    task = asyncio.current_task()
+    task: Any = asyncio.current_task()
     if task is not None and hasattr(task, "uncancel"):
         task.uncancel()
 
@@ -386,7 +391,7 @@ async def run_cancellation_hooks(flow: Flow[..., Any], run: FlowRun, message: st
     if not hooks:
         return
     run_logger = get_run_logger()
-    state = Cancelling(message=message)
+    state: State[Any] = Cancelling(message=message)
     for hook in hooks:
         name = getattr(hook, "__name__", type(hook).__name__)
         run_logger.info("Running hook %r in response to entering state %r", name, state.name)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import attrs
 from prefect.client.schemas.objects import StateType
@@ -23,6 +22,8 @@ from supervised._types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from prefect.client.schemas.objects import State
 
 _SOURCES: Mapping[Cause, Source] = {
@@ -51,12 +52,17 @@ def resolve_on_parent(
     """
     if value is None:
         return default
-    given = dict.fromkeys(CAUSES, cast("Action", value)) if isinstance(value, str) else dict(value)
-    if unknown := set(given) - set(CAUSES):
-        raise ValueError(f"on_parent: {sorted(unknown)} is no cause; use {', '.join(CAUSES)}")
-    if unknown := set(given.values()) - set(ACTIONS):
-        raise ValueError(f"on_parent: {sorted(unknown)} is no action; use {', '.join(ACTIONS)}")
+    given: Mapping[Cause, Action] = (
+        dict.fromkeys(CAUSES, value) if isinstance(value, str) else value
+    )
+    _refuse_unknown("cause", given, CAUSES)
+    _refuse_unknown("action", given.values(), ACTIONS)
     return {cause: given.get(cause, default[cause]) for cause in CAUSES}
+
+
+def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted({str(word) for word in given} - set(known)):
+        raise ValueError(f"on_parent: {', '.join(unknown)} is no {what}; use {', '.join(known)}")
 
 
 def check_seconds(name: str, value: float | None) -> float | None:

@@ -10,13 +10,12 @@ import asyncio
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import attrs
 from prefect.exceptions import Abort, CancelledRun, Pause, TerminationSignal
-from prefect.states import Cancelled, State
+from prefect.states import Cancelled
 
 from supervised import _compat, _launch
 from supervised._context import current_child, current_supervisor
@@ -24,6 +23,8 @@ from supervised._errors import ChildCancelled, ScopeClosedError, TeardownError
 from supervised._policy import parent_reason
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+
     from supervised._supervisor import Supervisor
     from supervised._types import Cause
 
@@ -32,14 +33,12 @@ try:
 except ImportError:  # Python 3.10
     from exceptiongroup import ExceptionGroup
 
-T = TypeVar("T")
-
 # What a teardown may take beyond its grace: one last read, and the report.
 _SLACK_SECONDS = 5.0
 _CLOSE_SECONDS = 3.0
 
 
-def run_sync(supervisor: Supervisor, body: Callable[[], T]) -> T | State[Any]:
+def run_sync(supervisor: Supervisor, body: Callable[[], Any]) -> Any:
     """Run a sync body in its scope; return or raise what its end comes to."""
     with _entered(supervisor):
         try:
@@ -54,7 +53,7 @@ def run_sync(supervisor: Supervisor, body: Callable[[], T]) -> T | State[Any]:
         return _leave_sync(supervisor, result, None)
 
 
-async def run_async(supervisor: Supervisor, body: Callable[[], Awaitable[T]]) -> T | State[Any]:
+async def run_async(supervisor: Supervisor, body: Callable[[], Awaitable[Any]]) -> Any:
     """Run an async body in its scope; return or raise what its end comes to."""
     supervisor.body.loop = asyncio.get_running_loop()
     supervisor.body.task = asyncio.current_task()
@@ -72,7 +71,7 @@ async def run_async(supervisor: Supervisor, body: Callable[[], Awaitable[T]]) ->
 
 
 def run_generator(
-    supervisor: Supervisor, generator: Generator[Any, Any, T]
+    supervisor: Supervisor, generator: Generator[Any, Any, Any]
 ) -> Generator[Any, Any, Any]:
     """Run a sync generator body in its scope.
 
@@ -86,12 +85,12 @@ def run_generator(
 
     with _entered(supervisor):
         try:
-            resume: Callable[[], Any] = lambda: next(generator)  # noqa: E731
+            resume: Callable[[], Any] = lambda: next(generator)
             while True:
                 item = step(resume)
                 try:
                     sent = yield item
-                except BaseException as thrown:  # noqa: BLE001 - the generator's to handle
+                except BaseException as thrown:
                     resume = _thrower(generator, thrown)
                 else:
                     resume = _sender(generator, sent)
@@ -123,7 +122,7 @@ async def run_async_generator(
                 item = await step(resume)
                 try:
                     sent = yield item
-                except BaseException as thrown:  # noqa: BLE001 - the generator's to handle
+                except BaseException as thrown:
                     resume = _async_thrower(generator, thrown)
                 else:
                     resume = _async_sender(generator, sent)
@@ -276,14 +275,14 @@ def _leave_sync(supervisor: Supervisor, result: Any, exc: BaseException | None) 
         try:
             supervisor.prepare_completion()
             supervisor.children_over().result()
-        except BaseException as interrupt:  # noqa: BLE001 - it ends the run like any other
+        except BaseException as interrupt:
             leaving.interrupted_by(interrupt)
     if (teardown := leaving.begin()) is not None:
         deadline = time.monotonic() + supervisor.grace_seconds + _SLACK_SECONDS
         while not teardown.done() and (left := deadline - time.monotonic()) > 0:
             try:
                 concurrent.futures.wait([teardown], timeout=left)
-            except BaseException as interrupt:  # noqa: BLE001 - it is raised at the end
+            except BaseException as interrupt:
                 leaving.interrupted_by(interrupt)
                 if isinstance(interrupt, KeyboardInterrupt):
                     break
@@ -297,7 +296,7 @@ async def _leave_async(supervisor: Supervisor, result: Any, exc: BaseException |
             supervisor.prepare_completion()
             # `wait`, because awaiting the future itself would cancel it with us.
             await asyncio.wait([asyncio.wrap_future(supervisor.children_over())])
-        except BaseException as interrupt:  # noqa: BLE001 - it ends the run like any other
+        except BaseException as interrupt:
             leaving.interrupted_by(interrupt)
     if (teardown := leaving.begin()) is not None:
         deadline = time.monotonic() + supervisor.grace_seconds + _SLACK_SECONDS

@@ -8,18 +8,14 @@ not depend on the user's loop. What crosses is a handful of flags under one lock
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextvars
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar, cast
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
 import attrs
@@ -27,7 +23,6 @@ from prefect.client.schemas.objects import FlowRun, TaskRunResult
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
-from prefect.states import State
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from supervised import _compat, _identity, _launch, _telemetry
@@ -47,13 +42,24 @@ from supervised._policy import (
 from supervised._registry import Registry, describe_ban
 from supervised._teardown import Teardown
 from supervised._types import (
+    AsyncFlow,
     CancelReason,
     Cause,
     OnParent,
     ScopeOptions,
+    SpawnOptions,
     TeardownReport,
 )
 from supervised._watch import Watcher, open_watcher
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import State
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("prefect.supervised")
 
@@ -129,20 +135,44 @@ class Supervisor:
         """Whether the scope, or one around it, is being torn down."""
         return self._ending is not None or (self.outer is not None and self.outer.is_ending)
 
+    @overload
     def spawn(
         self,
-        target: Flow[..., R] | str | UUID,
+        target: AsyncFlow[R],
+        parameters: Mapping[str, Any] | None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Child[R]: ...
+
+    @overload
+    def spawn(
+        self,
+        target: Flow[..., R],
+        parameters: Mapping[str, Any] | None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Child[R]: ...
+
+    @overload
+    def spawn(
+        self,
+        target: str | UUID,
+        parameters: Mapping[str, Any] | None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Child[Any]: ...
+
+    def spawn(
+        self,
+        target: AsyncFlow[Any] | Flow[..., Any] | str | UUID,
         parameters: Mapping[str, Any] | None = None,
         *,
         name: str | None = None,
         key: str | None = None,
-        tags: list[str] | tuple[str, ...] | None = None,
+        tags: Sequence[str] | None = None,
         job_variables: Mapping[str, Any] | None = None,
         work_queue_name: str | None = None,
         scheduled_time: datetime | None = None,
         timeout_seconds: float | None = None,
         on_parent: OnParent | None = None,
-    ) -> Child[R]:
+    ) -> Child[Any]:
         """Launch a child that this run will not leave behind, and return its handle at once.
 
         The launch goes on in the background; if it fails, that is the outcome of the handle.
@@ -199,7 +229,7 @@ class Supervisor:
         if (ending := self._nearest_ending()) is not None:
             self._registry.ban(describe_ban(ending))
 
-        def make(final_key: str) -> Child[R]:
+        def make(final_key: str) -> Child[Any]:
             return Child(
                 name=name or label,
                 kind="inline" if isinstance(checked, Flow) else "deployment",
@@ -229,7 +259,7 @@ class Supervisor:
                 job_variables=job_variables,
             )
             self._start(child, spec)
-        return cast("Child[R]", child)
+        return child
 
     def cancel(self, reason: str | None = None) -> None:
         """Cancel every child, with all that they launched, and return at once.
@@ -406,7 +436,7 @@ class Supervisor:
         await slots.acquire()
         child.is_queued = False
         assert plane is not None
-        child.add_done_callback(lambda _: plane.call_soon(slots.release))
+        child.when_over(lambda: plane.call_soon(slots.release))
 
     async def _adopt_earlier(
         self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
@@ -420,12 +450,12 @@ class Supervisor:
             return None
         if self._earlier is None:
             runs = await services.api.read_children([self._run.id])
-            runs.sort(key=lambda run: int(run.labels.get(_identity.GENERATION, 0)))  # type: ignore[arg-type]
+            runs.sort(key=lambda run: int(run.labels.get(_identity.GENERATION, 0)))
             self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
         earlier = self._earlier.get(child.key)
         if earlier is None or earlier.state is None:
             return None
-        generation = int(earlier.labels.get(_identity.GENERATION, 0))  # type: ignore[arg-type]
+        generation = int(earlier.labels.get(_identity.GENERATION, 0))
         is_live = outcome_of(earlier.state, asked=False) is None
         if is_live and not isinstance(spec.target, Flow) and not earlier.state.is_cancelling():
             child.generation = generation
@@ -444,7 +474,7 @@ class Supervisor:
         )
         plane = self._plane
         assert plane is not None
-        child.add_done_callback(lambda _: plane.call_soon(timer.cancel))
+        child.when_over(lambda: plane.call_soon(timer.cancel))
 
     # -- what children do and are told -----------------------------------------------------------
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import anyio
 import attrs
-from prefect.states import State
 from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
@@ -26,7 +23,10 @@ from supervised._policy import Budget, outcome_of, receipt_status
 from supervised._types import Action, CancelReason, Cause, Receipt, TeardownReport
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun
+    from collections.abc import Callable, Iterable, Mapping
+    from datetime import datetime
+
+    from prefect.client.schemas.objects import FlowRun, State
 
     from supervised._api import Orchestrator
     from supervised._child import Child

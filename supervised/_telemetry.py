@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +32,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from typing_extensions import ParamSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
     from opentelemetry.context import Context
     from prefect.client.schemas.objects import State
 
@@ -84,7 +85,7 @@ def _harmless(function: Callable[P, R]) -> Callable[P, R | None]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
         try:
             return function(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - whatever an exporter or processor raises
+        except Exception:
             logger.debug("Telemetry failed in %s", function.__name__, exc_info=True)
             return None
 
@@ -116,7 +117,7 @@ def current_context(labels: Mapping[str, Any], label_key: str) -> Context:
 @contextlib.contextmanager
 def unobserved() -> Iterator[None]:
     """Keep an HTTP instrumentation from adding a span for each poll."""
-    token = attach(set_value("suppress_instrumentation", True))  # noqa: FBT003 - OTel's signature
+    token = attach(set_value("suppress_instrumentation", True))
     try:
         yield
     finally:
@@ -261,7 +262,7 @@ class ChildSpan:
     @_harmless
     def escalated(self, step: str, waited_seconds: float) -> None:
         """Record a step beyond the first request."""
-        self.span.set_attribute("supervised.escalated", True)  # noqa: FBT003
+        self.span.set_attribute("supervised.escalated", True)
         self.span.add_event(
             "supervised.teardown.escalated", {"to": step, "waited_s": round(waited_seconds, 3)}
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import datetime
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, get_args
 
 import attrs
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from uuid import UUID
+
+R_co = TypeVar("R_co", covariant=True)
 
 Cause = Literal["completed", "failed", "timed_out", "cancelled", "crashed"]
 """How a parent ended."""
@@ -49,6 +51,28 @@ ReceiptStatus = Literal["cancelled", "completed", "failed", "detached", "forced"
 
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 ACTIONS: tuple[Action, ...] = get_args(Action)
+
+
+class AsyncFlow(Protocol[R_co]):
+    """What type checkers take an async flow for: its result, not the coroutine around it."""
+
+    @property
+    def fn(self) -> Callable[..., Awaitable[R_co]]:
+        """The flow's function."""
+        ...
+
+
+class SpawnOptions(TypedDict, total=False):
+    """The options of `Supervisor.spawn`, which documents them."""
+
+    name: str | None
+    key: str | None
+    tags: Sequence[str] | None
+    job_variables: Mapping[str, Any] | None
+    work_queue_name: str | None
+    scheduled_time: datetime | None
+    timeout_seconds: float | None
+    on_parent: OnParent | None
 
 
 @attrs.frozen(kw_only=True)

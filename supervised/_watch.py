@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from supervised import _telemetry
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
     from uuid import UUID
 
     from prefect.client.schemas.objects import FlowRun

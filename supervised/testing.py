@@ -10,11 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 import httpx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["LocalServer", "local_server", "running"]
 
@@ -104,7 +107,7 @@ def running(
         The process.
     """
     with log.open("ab") as output:
-        process = subprocess.Popen(  # noqa: S603 - the caller's own command
+        process = subprocess.Popen(
             command,
             env=dict(env),
             stdin=subprocess.DEVNULL,

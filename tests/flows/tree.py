@@ -8,6 +8,7 @@ from pathlib import Path
 import prefect.runtime
 from prefect import flow, task
 from prefect.deployments import run_deployment
+
 from supervised import supervised_flow, supervisor
 
 
@@ -126,6 +127,7 @@ async def root_timeout(folder: str, children: list[str]) -> None:
 @supervised_flow(timeout_seconds=25)
 def root_sync_timeout(folder: str, children: list[str]) -> None:
     root_sync.unsupervised_fn(folder, children)
+
 
 SERVED = [
     leaf,
