@@ -56,8 +56,8 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
         self.scope_options = scope_options or ScopeOptions()
         self._supervise(self.fn)
 
-    def _supervise(self, original: Callable[..., Any]) -> None:
-        self.unsupervised_fn: Callable[..., Any] = original
+    def _supervise(self, original: Callable[P, R]) -> None:
+        self.unsupervised_fn: Callable[P, R] = original
         # Prefect runs `fn`, not `__call__`, for everything that a runner starts.
         self.fn = _wrap(original, self.scope_options)
 
@@ -126,15 +126,16 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
         return fn
 
 
-def _wrap(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
+def _wrap(fn: Callable[P, R], options: ScopeOptions) -> Callable[P, R]:
     """Return *fn* run in a scope; of the same kind, because Prefect picks its engine by it."""
+    wrap: Callable[[Callable[..., Any], ScopeOptions], Callable[..., Any]] = _wrap_sync
     if inspect.isasyncgenfunction(fn):
-        return _wrap_async_generator(fn, options)
-    if inspect.isgeneratorfunction(fn):
-        return _wrap_generator(fn, options)
-    if inspect.iscoroutinefunction(fn):
-        return _wrap_async(fn, options)
-    return _wrap_sync(fn, options)
+        wrap = _wrap_async_generator
+    elif inspect.isgeneratorfunction(fn):
+        wrap = _wrap_generator
+    elif inspect.iscoroutinefunction(fn):
+        wrap = _wrap_async
+    return wrap(fn, options)
 
 
 def _wrap_sync(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:

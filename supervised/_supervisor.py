@@ -42,9 +42,9 @@ from supervised._policy import (
 from supervised._registry import Registry, describe_ban
 from supervised._teardown import Teardown
 from supervised._types import (
-    AsyncFlow,
     CancelReason,
     Cause,
+    FlowLike,
     OnParent,
     ScopeOptions,
     SpawnOptions,
@@ -54,7 +54,7 @@ from supervised._watch import Watcher, open_watcher
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -138,7 +138,7 @@ class Supervisor:
     @overload
     def spawn(
         self,
-        target: AsyncFlow[R],
+        target: Flow[..., Coroutine[Any, Any, R]],
         parameters: Mapping[str, Any] | None = None,
         **options: Unpack[SpawnOptions],
     ) -> Child[R]: ...
@@ -146,7 +146,7 @@ class Supervisor:
     @overload
     def spawn(
         self,
-        target: Flow[..., R],
+        target: FlowLike[R],
         parameters: Mapping[str, Any] | None = None,
         **options: Unpack[SpawnOptions],
     ) -> Child[R]: ...
@@ -161,7 +161,7 @@ class Supervisor:
 
     def spawn(
         self,
-        target: AsyncFlow[Any] | Flow[..., Any] | str | UUID,
+        target: FlowLike[Any] | Flow[..., Any] | str | UUID,
         parameters: Mapping[str, Any] | None = None,
         *,
         name: str | None = None,

@@ -53,11 +53,15 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
-class AsyncFlow(Protocol[R_co]):
-    """What type checkers take an async flow for: its result, not the coroutine around it."""
+class FlowLike(Protocol[R_co]):
+    """What type checkers take a flow for: its result, without the coroutine around it.
+
+    One protocol for both kinds, because pyright remembers a failed match with a protocol for
+    all flows; beside it, an overload for `Coroutine`, which is how mypy sees async functions.
+    """
 
     @property
-    def fn(self) -> Callable[..., Awaitable[R_co]]:
+    def fn(self) -> Callable[..., Awaitable[R_co] | R_co]:
         """The flow's function."""
         ...
 
