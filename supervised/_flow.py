@@ -8,7 +8,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from prefect.context import FlowRunContext
-from prefect.flows import Flow
+from prefect.flows import Flow, flow
 from typing_extensions import ParamSpec
 
 from supervised import _scope
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# How Prefect marks the function of a flow that is bound as a method.
+_BINDINGS = ("__prefect_self__", "__prefect_cls__")
 _FAILURE_POLICIES = ("cancel_siblings", "wait", "ignore")
 
 
@@ -57,9 +59,11 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
         self._supervise(self.fn)
 
     def _supervise(self, original: Callable[P, R]) -> None:
+        bound = {name: value for name, value in vars(self.fn).items() if name in _BINDINGS}
         self.unsupervised_fn: Callable[P, R] = original
         # Prefect runs `fn`, not `__call__`, for everything that a runner starts.
         self.fn = _wrap(original, self.scope_options)
+        vars(self.fn).update(bound)
 
     def with_options(self, **options: Any) -> SupervisedFlow[P, R]:
         """Return a copy with other options, those of the scope included.
@@ -314,3 +318,5 @@ class SupervisedFlowDecorator:
 
 Hooks = Any
 supervised_flow = SupervisedFlowDecorator()
+# What tools that look at `flow` see; our own options are in the overloads and the docstring.
+supervised_flow.__signature__ = inspect.signature(flow)  # type: ignore[attr-defined]

@@ -37,14 +37,15 @@ def normalise_hooks(option: str, hooks: Any) -> list[Any] | None:
             raise TypeError(f"{exc}\n\n{_not_iterable(option, hooks)}") from None
     if not isinstance(hooks, Iterable):
         raise TypeError(_not_iterable(option, hooks))
-    return [normalise_hook(option, hook) for hook in hooks]
+    listed = list(hooks)
+    for hook in listed:
+        _require_callable(option, hook)
+    return [normalise_hook(option, hook) for hook in listed]
 
 
 def normalise_hook(option: str, hook: H) -> H | Hook:
     """Return the hook itself where Prefect can call it both ways, or a stand-in that it can."""
-    if not callable(hook):
-        kind = type(hook).__name__
-        raise TypeError(f"Expected callables in '{option}'; got {kind} instead. {_advice(option)}")
+    _require_callable(option, hook)
     try:
         signature = inspect.signature(hook)
     except (TypeError, ValueError):  # a builtin: called by position it may well work
@@ -57,6 +58,12 @@ def normalise_hook(option: str, hook: H) -> H | Hook:
             f"Write it as: def {_name(hook)}(flow, flow_run, state)"
         ) from None
     return hook if _takes_keywords(hook, signature) else Hook(hook)
+
+
+def _require_callable(option: str, hook: object) -> None:
+    if not callable(hook):
+        kind = type(hook).__name__
+        raise TypeError(f"Expected callables in '{option}'; got {kind} instead. {_advice(option)}")
 
 
 class Hook:

@@ -94,7 +94,7 @@ def local_server(
 
 @contextlib.contextmanager
 def running(
-    command: list[str], *, env: Mapping[str, str], log: Path
+    command: list[str], *, env: Mapping[str, str], log: Path, cwd: Path | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command in a process group of its own, and end the whole group afterwards.
 
@@ -102,6 +102,7 @@ def running(
         command: The command and its arguments.
         env: Its whole environment.
         log: File that its output is appended to.
+        cwd: The folder it runs in; the current one by default.
 
     Yields:
         The process.
@@ -113,6 +114,7 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            cwd=cwd,
             start_new_session=True,
         )
     try:

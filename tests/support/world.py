@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID, uuid4
 
 import psutil
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Scheduled
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ class World:
         self.server = server
         self.folder = folder
         self.client = client
-
-    def for_test(self, folder: Path) -> World:
-        return World(self.server, folder, self.client)
 
     # -- acting ---------------------------------------------------------------------------
 
@@ -105,6 +102,12 @@ class World:
     def is_over(self, root: UUID) -> bool:
         return all(run.state is not None and run.state.is_final() for run in self.tree(root))
 
+    def end_all(self) -> None:
+        """End what a failed test left behind, so that the next one starts from nothing."""
+        for pid in self.alive().values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).kill()
+
     def states(self, root: UUID) -> dict[str, str]:
         return {f"{run.name} {run.id}": str(run.state_name) for run in self.tree(root)}
 
@@ -114,15 +117,3 @@ def _is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def open_world(server: LocalServer, folder: Path) -> Any:
-    """Return the context managers' work in one: settings that point here, and a client."""
-    import contextlib
-
-    @contextlib.contextmanager
-    def world() -> Any:
-        with temporary_settings({PREFECT_API_URL: server.url}), get_client(sync_client=True) as c:
-            yield World(server, folder, c)
-
-    return world()

@@ -1,0 +1,92 @@
+"""One server and one runner for the whole session; a folder of its own for every test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    temporary_settings,
+)
+from support.world import FLOWS, World, eventually
+
+from supervised.testing import LocalServer, local_server, running
+
+# What a developer's shell or profile says must not reach a test.
+for name in [name for name in os.environ if name.startswith(("PREFECT_", "OTEL_"))]:
+    del os.environ[name]
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+
+_RUNNER_ENV = {
+    "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+    "PREFECT_WORKER_QUERY_SECONDS": "2",
+    "PREFECT_LOGGING_LEVEL": "INFO",
+}
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """A Prefect server on SQLite with all its services."""
+    home = tmp_path_factory.mktemp("prefect")
+    with local_server(home=home, progress=_say("the Prefect server")) as started:
+        settings = {
+            PREFECT_API_URL: started.url,
+            PREFECT_HOME: home,
+            PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False,
+        }
+        with temporary_settings(settings):
+            yield started
+
+
+@pytest.fixture(scope="session")
+def runner(server: LocalServer) -> Iterator[None]:
+    """A runner that serves every flow of tests/flows/tree.py as *name/test*."""
+    command = [sys.executable, "serve.py"]
+    env = {**server.env, **_RUNNER_ENV}
+    with running(command, env=env, log=server.home / "runner.log", cwd=FLOWS):
+        with get_client(sync_client=True) as client:
+            eventually(
+                lambda: len(client.read_deployments()) >= 9,
+                seconds=90,
+                what="the deployments are served",
+            )
+        yield
+
+
+@pytest.fixture
+def world(server: LocalServer, tmp_path: Path) -> Iterator[World]:
+    """The server, with a folder in which this test's processes leave their marks."""
+    with get_client(sync_client=True) as client:
+        world = World(server, tmp_path, client)
+        yield world
+        world.end_all()
+
+
+@pytest.fixture
+def deployed(world: World, runner: None) -> World:
+    """The world, with the deployments being served."""
+    return world
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything that asks for a server is marked, so that the fast suite can leave it out."""
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()):
+            item.add_marker("server")
+
+
+def _say(what: str):
+    def progress(seconds: float) -> None:
+        if int(seconds) % 5 == 0:
+            sys.__stderr__.write(f"\rstarting {what}: {seconds:.0f} s ")
+            sys.__stderr__.flush()
+
+    return progress

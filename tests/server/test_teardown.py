@@ -1,0 +1,121 @@
+"""Whatever ends a parent under a runner, all that it launched ends with it."""
+
+import os
+import signal
+from uuid import UUID
+
+import pytest
+from support.world import World, eventually
+
+# Plain Prefect needs 101 s for four cancelled leaves, and never ends them for other causes.
+SOON = 25
+
+
+def assert_all_gone(world: World, root: UUID) -> None:
+    eventually(lambda: not world.alive(), seconds=SOON, what="all processes are gone")
+    eventually(lambda: world.is_over(root), seconds=SOON, what="all runs are terminal")
+
+
+def states_below(world: World, root: UUID) -> set[str]:
+    return {str(run.state_name) for run in world.tree(root)[1:]}
+
+
+LEAVES = ["leaf/test"] * 4
+
+
+@pytest.mark.parametrize("kind", ["root", "root-sync"])
+def test_cancelling_a_parent_cancels_its_children(deployed: World, kind: str) -> None:
+    root = deployed.start(f"{kind}/test", children=LEAVES)
+    deployed.wait_for_start(5)
+    deployed.cancel(root.id)
+    assert_all_gone(deployed, root.id)
+    assert deployed.run(root.id).state_name == "Cancelled"
+    assert states_below(deployed, root.id) == {"Cancelled"}
+
+
+@pytest.mark.parametrize("kind", ["root", "root-sync"])
+def test_a_body_that_raises_takes_its_children_along(deployed: World, kind: str) -> None:
+    root = deployed.start(f"{kind}/test", children=LEAVES)
+    deployed.wait_for_start(5)
+    deployed.tell("raise")
+    assert_all_gone(deployed, root.id)
+    state = deployed.run(root.id).state
+    assert state.is_failed()
+    assert "ValueError: the body failed" in state.message
+    assert states_below(deployed, root.id) == {"Cancelled"}
+
+
+@pytest.mark.parametrize("kind", ["root", "root-sync"])
+def test_a_terminated_parent_takes_its_children_along(deployed: World, kind: str) -> None:
+    root = deployed.start(f"{kind}/test", children=LEAVES)
+    deployed.wait_for_start(5)
+    os.kill(deployed.pids()[str(root.id)], signal.SIGTERM)
+    assert_all_gone(deployed, root.id)
+    assert deployed.run(root.id).state.is_crashed()
+    assert states_below(deployed, root.id) == {"Cancelled"}
+
+
+@pytest.mark.parametrize("kind", ["root-timeout", "root-sync-timeout"])
+def test_a_parent_that_times_out_takes_its_children_along(deployed: World, kind: str) -> None:
+    root = deployed.start(f"{kind}/test", children=LEAVES)
+    deployed.wait_for_start(5)
+    eventually(lambda: not deployed.alive(), seconds=25 + SOON, what="all processes are gone")
+    assert_all_gone(deployed, root.id)
+    assert deployed.run(root.id).state_name == "TimedOut"
+    assert states_below(deployed, root.id) == {"Cancelled"}
+
+
+def test_a_failed_child_takes_its_siblings_and_its_parent_along(deployed: World) -> None:
+    root = deployed.start("root/test", children=LEAVES)
+    deployed.wait_for_start(5)
+    deployed.tell("fail-2")
+    assert_all_gone(deployed, root.id)
+    state = deployed.run(root.id).state
+    assert state.is_failed()
+    names = sorted(str(run.state_name) for run in deployed.tree(root.id)[1:])
+    assert names == ["Cancelled", "Cancelled", "Cancelled", "Failed"]
+
+
+def test_two_levels_go_at_once(deployed: World) -> None:
+    root = deployed.start("root/test", children=["mid/test", "mid-sync/test"])
+    deployed.wait_for_start(9)
+    deployed.cancel(root.id)
+    assert_all_gone(deployed, root.id)
+    assert states_below(deployed, root.id) == {"Cancelled"}
+
+
+def test_a_mixed_tree_goes_whole(deployed: World) -> None:
+    """Supervised and plain, inline and deployed, spawned by body, by task and by plain calls."""
+    children = ["mid-plain/test", "mid/test", "inline", "task", "plain"]
+    root = deployed.start("root/test", children=children)
+    deployed.wait_for_start(1 + 3 + 4 + 1 + 1)
+    deployed.cancel(root.id)
+    assert_all_gone(deployed, root.id)
+    assert states_below(deployed, root.id) == {"Cancelled"}
+
+
+def test_children_that_were_starting_are_closed(deployed: World) -> None:
+    """A run that is cancelled while its process starts is left in `Cancelling` by Prefect."""
+    root = deployed.start("root/test", children=LEAVES)
+    eventually(
+        lambda: len(deployed.tree(root.id)) == 5, seconds=60, what="the leaves have runs"
+    )
+    eventually(
+        lambda: any(run.state.is_pending() for run in deployed.tree(root.id)[1:]),
+        seconds=60,
+        what="a leaf is being started",
+    )
+    deployed.cancel(root.id)
+    assert_all_gone(deployed, root.id)
+    assert states_below(deployed, root.id) == {"Cancelled"}
+
+
+def test_a_completed_body_waits_for_its_children(deployed: World) -> None:
+    root = deployed.start("mid/test", leaves=2)
+    deployed.wait_for_start(3)
+    deployed.tell("finish-0")
+    eventually(lambda: len(deployed.alive()) == 2, seconds=SOON, what="one leaf is done")
+    assert deployed.run(root.id).state.is_running()
+    deployed.tell("finish-1")
+    assert_all_gone(deployed, root.id)
+    assert deployed.run(root.id).state.is_completed()

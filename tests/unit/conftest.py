@@ -1,0 +1,46 @@
+"""What the unit tests share: a Hypothesis profile and children without a supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import settings
+
+from supervised._child import Child
+from supervised._types import DEFAULT_ON_PARENT
+
+# Shared machines stall for longer than Hypothesis' 200 ms.
+settings.register_profile("unit", deadline=None)
+settings.load_profile("unit")
+
+
+def _make_child(**overrides):
+    options = {
+        "name": "part",
+        "kind": "deployment",
+        "key": "score/gpu:1",
+        "target": "score/gpu",
+        "on_parent": DEFAULT_ON_PARENT,
+        "on_done": lambda child: None,
+        "ask_cancel": lambda child, reason: None,
+        "ask_detach": lambda child: None,
+    }
+    return Child(**{**options, **overrides})
+
+
+async def _until(question):
+    while not question():  # noqa: ASYNC110 - what is asked sets no event
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(scope="session")
+def until():
+    """A coroutine function that lets other tasks run until the answer is true."""
+    return _until
+
+
+@pytest.fixture(scope="session")
+def make_child():
+    """A function that builds a child which answers to nobody; keywords override."""
+    return _make_child
