@@ -291,7 +291,7 @@ class PrefectOrchestrator:
         """
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(httpx.TransportError),
-            wait=wait_exponential_jitter(initial=0.2, max=3, jitter=0.3),
+            wait=wait_exponential_jitter(0.2, 3, 2, 0.3),
             stop=stop_after_delay(_LAUNCH_PATIENCE_SECONDS),
             reraise=True,
         )

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("prefect.supervised")
 
 R = TypeVar("R")
+_SIGNAL_SECONDS = 0.05
 _RUNNER_SECONDS = 5.0  # how long a runner has to signal a body whose run is being cancelled
 
 
@@ -661,6 +662,7 @@ class Body:
         self.thread = threading.current_thread()
         self.is_running = False
         self.was_interrupted = False
+        self._lock = threading.Lock()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -669,7 +671,11 @@ class Body:
         try:
             yield
         finally:
-            self.is_running = False
+            with self._lock:
+                self.is_running = False
+            if self.was_interrupted and self.task is None:
+                # A signal that is on its way is to be raised here, not in Prefect's engine.
+                time.sleep(_SIGNAL_SECONDS)
 
     def interrupt(self) -> None:
         """End the body from another thread, if it can be: cancel its task, or signal it.
@@ -682,8 +688,10 @@ class Body:
                 self.loop.call_soon_threadsafe(self._cancel_task)
             except RuntimeError:  # the loop is closed, and the body with it
                 pass
-        elif self.is_running and self.thread is threading.main_thread():
-            if _compat.has_sigterm_bridge() and self.thread.ident is not None:
+            return
+        with self._lock:
+            reachable = self.thread is threading.main_thread() and _compat.has_sigterm_bridge()
+            if reachable and self.is_running and self.thread.ident is not None:
                 self.was_interrupted = True
                 signal.pthread_kill(self.thread.ident, signal.SIGTERM)
 

@@ -45,6 +45,10 @@ async def inline_leaf(folder: str, part: int = 0) -> int:
     return part
 
 
+def _leaf(folder: str, part: int) -> dict[str, object]:
+    return {"folder": folder, "part": part}
+
+
 @supervised_flow
 async def mid(folder: str, leaves: int = 3) -> None:
     mark(folder)
@@ -66,7 +70,7 @@ def mid_sync(folder: str, leaves: int = 3) -> None:
 def mid_plain(folder: str, leaves: int = 2) -> None:
     mark(folder)
     for part in range(leaves):
-        run_deployment("leaf/test", {"folder": folder, "part": part}, timeout=0)
+        run_deployment("leaf/test", parameters=_leaf(folder, part), timeout=0)
     while not asked(folder, "finish"):
         time.sleep(0.05)
 
@@ -82,7 +86,7 @@ async def _body(folder: str, children: list[str]) -> None:
         if target == "inline":
             supervisor.spawn(inline_leaf, {"folder": folder, "part": part})
         elif target == "plain":
-            await run_deployment("leaf/test", {"folder": folder, "part": part}, timeout=0)
+            await run_deployment("leaf/test", parameters=_leaf(folder, part), timeout=0)
         elif target == "task":
             spawn_in_task(folder, part)
         else:
@@ -106,7 +110,7 @@ def root_sync(folder: str, children: list[str]) -> None:
     mark(folder)
     for part, target in enumerate(children):
         if target == "plain":
-            run_deployment("leaf/test", {"folder": folder, "part": part}, timeout=0)
+            run_deployment("leaf/test", parameters=_leaf(folder, part), timeout=0)
             continue
         parameters = {"folder": folder}
         if target.startswith("leaf"):

@@ -273,8 +273,7 @@ def test_a_ban_lets_in_everybody_before_it_and_nobody_after(open_scope, plan):
     def spawn(works):
         admitted = []
         with contextlib.suppress(ScopeClosedError):
-            for work in works:
-                admitted.append(admit(work)[0])
+            admitted.extend(admit(work)[0] for work in works)
         return admitted
 
     def ban():

@@ -1,0 +1,647 @@
+"""Inline children: flows that run in the parent's process, and end with it."""
+
+import asyncio
+import contextvars
+import sys
+import threading
+import time
+
+import anyio
+import pytest
+from prefect import flow, tags, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.context import FlowRunContext
+from prefect.exceptions import CancelledRun
+
+import supervised
+from supervised import (
+    Child,
+    ChildCancelled,
+    ChildFailed,
+    ChildTimedOut,
+    ScopeClosedError,
+    supervised_flow,
+    supervisor,
+)
+from supervised._control import ControlPlane
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+pytestmark = pytest.mark.usefixtures("server")
+
+
+@flow
+async def double(x: int) -> int:
+    await asyncio.sleep(0)
+    return 2 * x
+
+
+@flow
+def triple(x: int) -> int:
+    return 3 * x
+
+
+@flow
+async def forever() -> None:
+    await asyncio.sleep(3600)
+
+
+@flow
+def until_cancelled() -> str:
+    while not supervised.cancelled():
+        time.sleep(0.02)
+    return "stopped"
+
+
+@flow
+async def broken(after: float = 0) -> None:
+    await asyncio.sleep(after)
+    raise ValueError("broken part")
+
+
+def runs_below(run_id):
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(
+            flow_run_filter=FlowRunFilter.model_validate(
+                {"parent_flow_run_id": {"any_": [str(run_id)]}}
+            )
+        )
+
+
+def own_run_id():
+    return FlowRunContext.get().flow_run.id
+
+
+async def running(child: Child) -> None:
+    with anyio.fail_after(30):
+        while not child.state.is_running():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Every scope gives the control plane back, whatever happened in it."""
+    yield
+    assert ControlPlane._running == {}
+    names = [thread.name for thread in threading.enumerate()]
+    assert [name for name in names if name.startswith("supervised-")] == []
+
+
+# -- results ------------------------------------------------------------------------------------
+
+
+def test_an_async_body_awaits_async_and_sync_children():
+    @supervised_flow
+    async def parent():
+        children = [supervisor.spawn(double, {"x": 1}), supervisor.spawn(triple, {"x": 1})]
+        return [await child for child in children]
+
+    assert asyncio.run(parent()) == [2, 3]
+
+
+def test_a_sync_body_asks_async_and_sync_children_for_results():
+    @supervised_flow
+    def parent():
+        children = [supervisor.spawn(double, {"x": 1}), supervisor.spawn(triple, {"x": 1})]
+        return [child.result() for child in children]
+
+    assert parent() == [2, 3]
+
+
+def test_children_carry_the_parent_link_our_tag_and_what_the_user_gave():
+    @supervised_flow
+    async def parent():
+        with tags("ambient"):
+            child = supervisor.spawn(double, {"x": 1}, name="first", tags=["mine"])
+        await child
+        return own_run_id(), child.flow_run_id
+
+    run_id, child_id = asyncio.run(parent())
+    (run,) = runs_below(run_id)
+    assert run.id == child_id
+    assert run.name == "first"
+    assert set(run.tags) == {"ambient", "mine", f"supervised:{run_id}"}
+    assert run.labels["supervised.parent"] == str(run_id)
+    assert run.idempotency_key.startswith(f"supervised:{run_id}:")
+    assert run.state.is_completed()
+
+
+def test_a_body_that_returns_waits_for_its_children():
+    done = []
+
+    @flow
+    async def slow():
+        await asyncio.sleep(0.3)
+        done.append(True)
+
+    @supervised_flow
+    async def parent():
+        supervisor.spawn(slow)
+        return "early"
+
+    assert asyncio.run(parent()) == "early"
+    assert done == [True]
+
+
+def test_spawning_works_from_tasks_threads_and_nested_flows():
+    @task
+    def in_task():
+        return supervisor.spawn(double, {"x": 1}).result()
+
+    @supervised_flow
+    async def nested():
+        return await supervisor.spawn(double, {"x": 3})
+
+    @supervised_flow
+    async def parent():
+        context = contextvars.copy_context()
+        spawned = []
+        thread = threading.Thread(
+            target=lambda: context.run(
+                lambda: spawned.append(supervisor.spawn(double, {"x": 2}))
+            )
+        )
+        thread.start()
+        thread.join()
+        submitted = in_task.submit()
+        return [
+            await asyncio.to_thread(submitted.result),
+            await spawned[0],
+            await nested(),
+            await supervisor.spawn(nested),
+        ]
+
+    assert asyncio.run(parent()) == [2, 4, 6, 6]
+
+
+def test_plain_calls_keep_working():
+    @supervised_flow
+    async def parent():
+        return await double(4), triple(4)
+
+    assert asyncio.run(parent()) == (8, 12)
+
+
+def test_a_child_is_a_future_for_prefect():
+    from prefect.futures import as_completed, wait
+
+    @task
+    def add_one(x):
+        return x + 1
+
+    @supervised_flow
+    def parent():
+        children = [supervisor.spawn(triple, {"x": x}) for x in range(3)]
+        done, not_done = wait(children)
+        assert not not_done
+        assert {child.result() for child in as_completed(children)} == {0, 3, 6}
+        return add_one.submit(1, wait_for=children).result()
+
+    assert parent() == 2
+
+
+def test_the_same_key_is_the_same_child():
+    @supervised_flow
+    async def parent():
+        first = supervisor.spawn(double, {"x": 1}, key="only")
+        again = supervisor.spawn(double, {"x": 1}, key="only")
+        with pytest.raises(supervised.DuplicateKeyError, match="'only'"):
+            supervisor.spawn(double, {"x": 2}, key="only")
+        assert first is again
+        return await first
+
+    assert asyncio.run(parent()) == 2
+
+
+def test_equal_children_are_different_runs():
+    @supervised_flow
+    async def parent():
+        twins = [supervisor.spawn(double, {"x": 1}) for _ in range(2)]
+        assert [await twin for twin in twins] == [2, 2]
+        return len({twin.flow_run_id for twin in twins})
+
+    assert asyncio.run(parent()) == 2
+
+
+def test_max_concurrent_bounds_the_children_that_run_at_once():
+    active, peak = [], []
+
+    @flow
+    async def counted(x):
+        active.append(x)
+        peak.append(len(active))
+        await asyncio.sleep(0.05)
+        active.remove(x)
+
+    @supervised_flow(max_concurrent=2)
+    async def parent():
+        for x in range(5):
+            supervisor.spawn(counted, {"x": x})
+
+    asyncio.run(parent())
+    assert len(peak) == 5
+    assert max(peak) <= 2
+
+
+# -- failures -----------------------------------------------------------------------------------
+
+
+def test_awaiting_a_failed_child_raises_what_happened_and_why():
+    @supervised_flow
+    async def parent():
+        await supervisor.spawn(broken, name="part-1")
+
+    with pytest.raises(ChildFailed, match="part-1.*ValueError: broken part") as caught:
+        asyncio.run(parent())
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert caught.value.state.is_failed()
+    assert str(caught.value.flow_run_id) in str(caught.value)
+
+
+def test_an_unheard_failure_ends_the_body_and_the_siblings():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        seen["sibling"] = supervisor.spawn(forever)
+        supervisor.spawn(broken, {"after": 0.2})
+        seen["run"] = own_run_id()
+        await asyncio.sleep(3600)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(parent())
+    (failure,) = caught.value.exceptions
+    assert isinstance(failure, ChildFailed)
+    sibling = seen["sibling"]
+    assert sibling.outcome == "cancelled"
+    assert sibling.cancel_reason.source == "sibling_failed"
+    assert "ValueError: broken part" in str(sibling.cancel_reason)
+    names = {run.name: run.state_name for run in runs_below(seen["run"])}
+    assert sorted(names.values()) == ["Cancelled", "Failed"]
+
+
+def test_waiting_for_a_sibling_of_a_failed_child_tells_of_the_failure():
+    @supervised_flow
+    def parent():
+        sibling = supervisor.spawn(until_cancelled)
+        supervisor.spawn(broken)
+        sibling.result()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        parent()
+    (failure,) = caught.value.exceptions
+    assert isinstance(failure, ChildFailed)
+
+
+def test_with_wait_the_others_finish_first():
+    @supervised_flow(on_child_failure="wait")
+    async def parent():
+        supervisor.spawn(broken)
+        return await supervisor.spawn(double, {"x": 5})
+
+    with pytest.raises(ExceptionGroup, match="1 failure"):
+        asyncio.run(parent())
+
+
+def test_with_ignore_only_the_handle_knows():
+    @supervised_flow(on_child_failure="ignore")
+    async def parent():
+        child = supervisor.spawn(broken)
+        await child.wait_async()
+        return child.outcome
+
+    assert asyncio.run(parent()) == "failed"
+
+
+def test_a_failure_that_the_body_handled_is_not_raised_again():
+    @supervised_flow(on_child_failure="wait")
+    async def parent():
+        try:
+            await supervisor.spawn(broken)
+        except ChildFailed:
+            return "handled"
+
+    assert asyncio.run(parent()) == "handled"
+
+
+def test_a_body_that_raises_cancels_its_children_and_raises_its_own_exception():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        child = seen["child"] = supervisor.spawn(forever)
+        seen["run"] = own_run_id()
+        await running(child)
+        raise KeyError("body")
+
+    with pytest.raises(KeyError):
+        asyncio.run(parent())
+    assert seen["child"].outcome == "cancelled"
+    assert [run.state_name for run in runs_below(seen["run"])] == ["Cancelled"]
+
+
+def test_the_report_names_every_child():
+    seen = {}
+
+    @supervised_flow
+    def parent():
+        supervisor.spawn(until_cancelled, name="loop")
+        supervisor.spawn(forever, name="sleeper")
+        seen["supervisor"] = supervised._context.current_supervisor.get()
+        raise KeyError("body")
+
+    with pytest.raises(KeyError):
+        parent()
+    report = seen["supervisor"].report
+    assert report.ok
+    assert {receipt.name: receipt.status for receipt in report.receipts} == {
+        "loop": "cancelled",
+        "sleeper": "cancelled",
+    }
+    assert "KeyError" in str(report)
+
+
+def test_a_thread_that_ignores_cancellation_is_reported_as_unverified():
+    release = threading.Event()
+
+    @flow
+    def deaf():
+        release.wait(30)
+
+    @supervised_flow(grace_seconds=1)
+    async def parent():
+        child = supervisor.spawn(deaf, name="deaf")
+        await running(child)
+        raise KeyError("body")
+
+    try:
+        with pytest.raises(ExceptionGroup) as caught:
+            asyncio.run(parent())
+        own, teardown = caught.value.exceptions
+        assert isinstance(own, KeyError)
+        assert isinstance(teardown, supervised.TeardownError)
+        assert [receipt.name for receipt in teardown.report.unverified] == ["deaf"]
+        assert "ignores the cancellation" in str(teardown.report)
+    finally:
+        release.set()
+        for thread in threading.enumerate():
+            if thread.name == "supervised-deaf":
+                thread.join(20)
+
+
+# -- cancellation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [forever, until_cancelled])
+def test_a_cancelled_child_ends_cancelled(target):
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn(target)
+        await running(child)
+        child.cancel("enough of it")
+        with pytest.raises(ChildCancelled, match="enough of it"):
+            await child
+        return child.flow_run_id
+
+    child_id = asyncio.run(parent())
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(child_id).state
+    assert state.is_cancelled()
+    assert "enough of it" in state.message
+
+
+def test_cancelling_at_any_moment_leaves_no_pending_run():
+    @supervised_flow
+    async def parent():
+        for delay in range(12):
+            child = supervisor.spawn(forever)
+            await asyncio.sleep(delay * 0.02)
+            child.cancel()
+        return own_run_id()
+
+    run_id = asyncio.run(parent())
+    assert {run.state_name for run in runs_below(run_id)} <= {"Cancelled"}
+
+
+def test_on_cancellation_hooks_of_an_inline_child_run():
+    calls = []
+
+    def hook(which_flow, run, state):
+        calls.append((which_flow.name, state.name))
+
+    @supervised_flow(on_cancellation=hook)
+    async def hooked():
+        await asyncio.sleep(3600)
+
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn(hooked)
+        await running(child)
+        child.cancel()
+
+    asyncio.run(parent())
+    assert calls == [("hooked", "Cancelling")]
+
+
+def test_a_childs_deadline_cancels_it_and_is_its_outcome():
+    @supervised_flow(on_child_failure="ignore")
+    async def parent():
+        child = supervisor.spawn(forever, timeout_seconds=0.5)
+        with pytest.raises(ChildTimedOut):
+            await child
+        return child.outcome
+
+    assert asyncio.run(parent()) == "timed_out"
+
+
+def test_cancelling_the_run_from_outside_ends_a_body_that_nobody_else_would_end():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        child = seen["child"] = supervisor.spawn(forever)
+        await running(child)
+        seen["run"] = own_run_id()
+        cancel_run(seen["run"])
+        await asyncio.sleep(3600)
+
+    with pytest.raises(CancelledRun):
+        asyncio.run(parent())
+    assert seen["child"].outcome == "cancelled"
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(seen["run"]).state_name == "Cancelled"
+
+
+def test_cancelling_the_run_from_outside_ends_a_sync_body_in_the_main_thread():
+    seen = {}
+
+    @supervised_flow
+    def parent():
+        child = seen["child"] = supervisor.spawn(until_cancelled)
+        while not child.state.is_running():
+            time.sleep(0.01)
+        seen["run"] = own_run_id()
+        cancel_run(seen["run"])
+        time.sleep(3600)
+
+    with pytest.raises(CancelledRun):
+        parent()
+    assert seen["child"].outcome == "cancelled"
+
+
+def cancel_run(run_id):
+    from prefect.states import Cancelling
+
+    def act():
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run_id, Cancelling())
+
+    settings = contextvars.copy_context()
+    thread = threading.Thread(target=lambda: settings.run(act))
+    thread.start()
+    thread.join()
+
+
+def test_a_timeout_cancels_the_children():
+    seen = {}
+
+    @supervised_flow(timeout_seconds=1.5)
+    async def parent():
+        seen["child"] = supervisor.spawn(forever)
+        await asyncio.sleep(3600)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(parent())
+    assert seen["child"].outcome == "cancelled"
+    assert seen["child"].cancel_reason.source == "parent_timed_out"
+
+
+def test_a_timeout_hits_a_body_that_only_waits_for_children():
+    seen = {}
+
+    @supervised_flow(timeout_seconds=1.5)
+    async def parent():
+        seen["child"] = supervisor.spawn(forever)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(parent())
+    assert seen["child"].outcome == "cancelled"
+
+
+def test_cancelling_the_task_around_the_flow_cancels_the_children():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        child = seen["child"] = supervisor.spawn(forever)
+        await running(child)
+        seen["ready"].set()
+        await asyncio.sleep(3600)
+
+    async def main():
+        seen["ready"] = asyncio.Event()
+        running_parent = asyncio.create_task(parent())
+        await seen["ready"].wait()
+        running_parent.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running_parent
+
+    asyncio.run(main())
+    assert seen["child"].outcome == "cancelled"
+
+
+def test_nothing_can_be_spawned_during_teardown():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn(forever)
+        await running(child)
+        supervisor.cancel("closing time")
+        with pytest.raises(ScopeClosedError, match="closing time") as caught:
+            supervisor.spawn(double, {"x": 1})
+        seen["refused"] = caught.value
+        await child.wait_async()
+
+    asyncio.run(parent())
+    assert seen["refused"]
+
+
+def test_retries_of_the_parent_make_a_new_generation_of_each_child():
+    attempts = []
+
+    @supervised_flow(retries=1)
+    async def parent():
+        child = supervisor.spawn(double, {"x": 1})
+        value = await child
+        attempts.append((child.generation, child.flow_run_id, value))
+        if len(attempts) == 1:
+            raise ValueError("first attempt")
+        return value
+
+    assert asyncio.run(parent()) == 2
+    (first, second) = attempts
+    assert (first[0], second[0]) == (0, 1)
+    assert first[1] != second[1]
+
+
+def test_a_child_that_outlives_its_wait_goes_on():
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn(forever)
+        with pytest.raises(TimeoutError):
+            await child.aresult(timeout=0.2)
+        assert not child.is_over
+        child.cancel()
+
+    asyncio.run(parent())
+
+
+def test_waiting_synchronously_for_a_child_of_the_same_loop_is_refused():
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn(double, {"x": 1})
+        await running(child)
+        if not child.is_over:
+            with pytest.raises(RuntimeError, match="await child"):
+                child.result()
+        return await child
+
+    assert asyncio.run(parent()) == 2
+
+
+@pytest.mark.parametrize("how", ["exhausted", "broken off"])
+def test_generator_flows_are_scopes_too(how):
+    seen = {}
+
+    @supervised_flow
+    def parent():
+        child = seen["child"] = supervisor.spawn(until_cancelled)
+        yield 1
+        child.cancel()
+        yield 2
+
+    if how == "exhausted":
+        assert list(parent()) == [1, 2]
+    else:
+        for _ in parent():
+            break
+    assert seen["child"].outcome == "cancelled"
+
+
+def test_async_generator_flows_are_scopes_too():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn(double, {"x": 1})
+        yield await child
+        seen["sibling"] = supervisor.spawn(double, {"x": 2})
+
+    async def main():
+        return [item async for item in parent()]
+
+    assert asyncio.run(main()) == [2]
+    assert seen["sibling"].outcome == "completed"
