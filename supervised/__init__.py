@@ -8,7 +8,7 @@ General layout, every module importing only from those below it:
 - `_teardown`, `_launch`, `_watch`: the three things the control plane does.
 - `_registry`, `_child`: the children of one scope, and the handle of one child.
 - `_api`, `_telemetry`, `_control`: Prefect's client, OpenTelemetry, the thread.
-- `_context`, `_hooks`, `_compat`: what is current; user hooks; Prefect's private parts.
+- `_proxy`, `_context`, `_hooks`, `_compat`: what is current; user hooks; Prefect's private parts.
 - `_policy`, `_identity`, `_errors`, `_types`: decisions, names and values, all pure.
 """
 

@@ -36,7 +36,8 @@ from tenacity import (
     AsyncRetrying,
     retry_if_exception_type,
     stop_after_delay,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from supervised._errors import (
@@ -291,7 +292,7 @@ class PrefectOrchestrator:
         """
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(httpx.TransportError),
-            wait=wait_exponential_jitter(0.2, 3, 2, 0.3),
+            wait=wait_exponential(multiplier=0.2, max=3) + wait_random(0, 0.3),
             stop=stop_after_delay(_LAUNCH_PATIENCE_SECONDS),
             reraise=True,
         )

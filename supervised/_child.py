@@ -14,6 +14,7 @@ from prefect.states import Pending
 from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
+from supervised import _compat
 from supervised._errors import (
     ChildCancelled,
     ChildCrashed,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from prefect.client.schemas.objects import FlowRun, State
 
-    from supervised import _compat, _telemetry
+    from supervised import _telemetry
     from supervised._types import Action, Cause, Kind, Outcome
 
 logger = logging.getLogger("prefect.supervised.child")
@@ -147,7 +148,7 @@ class Child(PrefectFuture[R], Generic[R]):
     @property
     def is_over(self) -> bool:
         """Whether the child has an outcome."""
-        return self._done.is_set()
+        return self._outcome is not None
 
     # -- waiting ----------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ class Child(PrefectFuture[R], Generic[R]):
     def add_done_callback(self, fn: Callable[[Any], None]) -> None:
         """Call *fn* with this child when it is over, at once if it is; from any thread."""
         with self._lock:
-            if not self._done.is_set():
+            if not self.is_over:
                 self._callbacks.append(fn)
                 return
         fn(self)
@@ -286,7 +287,7 @@ class Child(PrefectFuture[R], Generic[R]):
 
     def observe(self, state: State[Any]) -> None:
         """Record a state that does not end the child."""
-        if self._done.is_set():
+        if self.is_over:
             return
         was_running = self._state is not None and self._state.is_running()
         self._state = state
@@ -296,7 +297,7 @@ class Child(PrefectFuture[R], Generic[R]):
     def mark_cancel(self, reason: CancelReason) -> bool:
         """Record who asked first for the cancellation; false if the child is over."""
         with self._lock:
-            if self._done.is_set():
+            if self.is_over:
                 return False
             if self.cancel_reason is None:
                 self.cancel_reason = reason
@@ -327,7 +328,7 @@ class Child(PrefectFuture[R], Generic[R]):
         if outcome == "cancelled" and reason is not None and reason.source == "deadline":
             outcome = "timed_out"
         with self._lock:
-            if self._done.is_set():
+            if self.is_over:
                 return False
             self._outcome = outcome
             self._value = value
@@ -338,11 +339,20 @@ class Child(PrefectFuture[R], Generic[R]):
             self.ended_at = now("UTC")
             self.delivered = self._waiters > 0
             callbacks, self._callbacks = self._callbacks, []
-            self._done.set()
         if self.span is not None:
-            self.span.end(outcome, state=self._state, exception=exception, end_ns=time.time_ns())
+            unasked = outcome == "cancelled" and reason is None and self.delivered
+            self.span.end(
+                outcome,
+                state=self._state,
+                exception=exception,
+                end_ns=time.time_ns(),
+                raised=self.error() if unasked else None,
+            )
         # First the scope, so that whoever wakes up finds the siblings' fate decided.
-        self._on_done(self)
+        try:
+            self._on_done(self)
+        finally:
+            self._done.set()
         for callback in callbacks:
             try:
                 callback(self)
@@ -377,7 +387,7 @@ class Child(PrefectFuture[R], Generic[R]):
                 self._callbacks.remove(fn)
 
     def _refuse_deadlock(self) -> None:
-        if self._done.is_set() or self.home_loop is None:
+        if self.is_over or self.home_loop is None:
             return
         try:
             running = asyncio.get_running_loop()
@@ -390,7 +400,7 @@ class Child(PrefectFuture[R], Generic[R]):
             )
 
     def _require_over(self, timeout: float | None) -> None:
-        if not self._done.is_set():
+        if not self.is_over:
             raise TimeoutError(f"Child {self.name!r} is not over after {timeout} s")
         self.delivered = True
 
@@ -425,13 +435,21 @@ class Child(PrefectFuture[R], Generic[R]):
         if self._exception is not None or not self._has_stored_exception():
             return self._exception
         assert self._state is not None
-        return _own_exception(_compat.state_result(self._state))
+        try:
+            return _own_exception(_compat.state_result(self._state))
+        except Exception:
+            logger.debug("Could not read what child %r raised", self.name, exc_info=True)
+            return None
 
     async def _load_exception(self) -> BaseException | None:
         if self._exception is not None or not self._has_stored_exception():
             return self._exception
         assert self._state is not None
-        return _own_exception(await self._state.aresult(raise_on_failure=False))
+        try:
+            return _own_exception(await self._state.aresult(raise_on_failure=False))
+        except Exception:
+            logger.debug("Could not read what child %r raised", self.name, exc_info=True)
+            return None
 
     def _has_stored_exception(self) -> bool:
         return self._state is not None and self._state.is_failed() and self._state.data is not None

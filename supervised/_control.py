@@ -55,7 +55,7 @@ class ControlPlane(Generic[S]):
         # An empty context, or the run's own would live on here: its client is closed with it.
         self._context = contextvars.Context()
         self._thread = threading.Thread(
-            target=self._context.copy().run,
+            target=self._context.run,
             args=(self._main,),
             name="supervised-control",
             daemon=True,
@@ -95,7 +95,7 @@ class ControlPlane(Generic[S]):
                 services = await asyncio.wrap_future(self._services)
                 result = await function(services)
             except asyncio.CancelledError:
-                future.cancel()
+                _cancel(future)
                 raise
             except BaseException as exc:
                 _resolve(future, exception=exc)
@@ -108,7 +108,7 @@ class ControlPlane(Generic[S]):
             task.add_done_callback(self._tasks.discard)
 
         if not self.call_soon(start):
-            future.cancel()
+            _cancel(future)
         return future
 
     def call_soon(self, function: Callable[[], object]) -> bool:
@@ -149,10 +149,17 @@ class ControlPlane(Generic[S]):
                 raise
             self._services.set_exception(exc)
             await self._stop.wait()
+            await self._finish_tasks()
 
     async def _finish_tasks(self) -> None:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
+
+
+def _cancel(future: concurrent.futures.Future[Any]) -> None:
+    """Cancel a future so that `concurrent.futures.wait` hears of it too."""
+    if future.cancel():
+        future.set_running_or_notify_cancel()
 
 
 def _resolve(

@@ -24,7 +24,8 @@ cancellation of the code that waits for it stays asyncio's own `CancelledError`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -111,6 +112,9 @@ class ChildError(SupervisedError):
         self.reason = reason
         self.url = url
 
+    def __reduce__(self) -> Any:
+        return functools.partial(type(self), child=self.child), self.args, self.__dict__
+
     def __str__(self) -> str:
         text = super().__str__()
         run = f" (flow run {self.flow_run_id})" if self.flow_run_id else ""
@@ -145,3 +149,6 @@ class TeardownError(SupervisedError):
             "prefect flow-run cancel <id>"
         )
         self.report = report
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.report,)

@@ -46,6 +46,8 @@ def normalise_hooks(option: str, hooks: Any) -> list[Any] | None:
 def normalise_hook(option: str, hook: H) -> H | Hook:
     """Return the hook itself where Prefect can call it both ways, or a stand-in that it can."""
     _require_callable(option, hook)
+    if isinstance(hook, Hook):
+        return hook
     try:
         signature = inspect.signature(hook)
     except (TypeError, ValueError):  # a builtin: called by position it may well work
@@ -91,12 +93,14 @@ class Hook:
 
 def _takes_keywords(hook: Callable[..., Any], signature: inspect.Signature) -> bool:
     try:
-        signature.bind(flow=None, flow_run=None, state=None)
+        by_name = signature.bind(**{name: name for name in _PARAMETERS})
+        # A decorator shows the signature of what it wraps, but may not take keywords itself.
+        inspect.signature(hook, follow_wrapped=False).bind(**dict.fromkeys(_PARAMETERS))
     except TypeError:
         return False
-    # The order must agree, or a call by position would hand over the wrong things.
-    named = [name for name in signature.parameters if name in _PARAMETERS]
-    return named == list(_PARAMETERS[: len(named)]) and not _is_async_object(hook)
+    # Both must agree, or a call by position would hand over the wrong things.
+    by_position = signature.bind(*_PARAMETERS)
+    return by_name.arguments == by_position.arguments and not _is_async_object(hook)
 
 
 def _is_async_object(hook: Callable[..., Any]) -> bool:

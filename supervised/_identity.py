@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from supervised._types import Action, Cause
 
-_MARK = re.compile(r"\[supervised by ([0-9a-f-]{36})\]")
+_MARK = re.compile(r"\[supervised by ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\]")
 
 TAG_PREFIX = "supervised:"
 ROOT = "supervised.root"
@@ -94,7 +94,8 @@ def idempotency_key(parent: UUID, key: str, generation: int) -> str:
 
 def default_key(target: str, parameters: Mapping[str, Any]) -> str:
     """Return a key that is the same for the same work, whatever the order of spawning."""
-    digest = hash_objects(target, dict(parameters), raise_on_failure=False)
+    # Sorted, because what has no JSON form is hashed as a pickle, in the order of the dict.
+    digest = hash_objects(target, dict(sorted(parameters.items())), raise_on_failure=False)
     return f"{target}:{digest[:12] if digest else 'unhashable'}"
 
 
@@ -128,8 +129,9 @@ def mark_message(text: str, by: UUID) -> str:
 
 def marked_by(message: str | None) -> UUID | None:
     """Return the supervised run that a state message names, if any."""
-    found = _MARK.search(message or "")
-    return UUID(found.group(1)) if found else None
+    # The last, because a reason may quote the message that it is a consequence of.
+    found = _MARK.findall(message or "")
+    return UUID(found[-1]) if found else None
 
 
 def on_parent_of(labels: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from uuid import UUID
 import anyio
 import attrs
 from prefect.client.schemas.objects import State
-from prefect.context import TagsContext
+from prefect.context import FlowRunContext, TagsContext
 from prefect.exceptions import TerminationSignal
 from prefect.flows import Flow
 from prefect.logging import get_run_logger
@@ -327,22 +327,22 @@ class InlineRun:
     def _guard_sync(self, flow: Flow[..., Any]) -> Callable[..., Any]:
         @functools.wraps(flow.fn)
         def body(*args: Any, **kwargs: Any) -> Any:
-            if self._child.cancel_reason is not None:
-                return self._cancelled_state()
-            result = flow.fn(*args, **kwargs)
-            return self._cancelled_state() if self._child.cancel_reason is not None else result
+            result = None if self._begins_cancelled() else flow.fn(*args, **kwargs)
+            if self._child.cancel_reason is None:
+                return result
+            _compat.run_coroutine(run_cancellation_hooks(flow, self._run, self._message()))
+            return self._cancelled_state()
 
         return body
 
     def _guard_async(self, flow: Flow[..., Any]) -> Callable[..., Any]:
         @functools.wraps(flow.fn)
         async def body(*args: Any, **kwargs: Any) -> Any:
-            if self._child.cancel_reason is not None:
-                return self._cancelled_state()
             started = time.monotonic()
             self._in_body = True
             try:
-                return await flow.fn(*args, **kwargs)
+                if not self._begins_cancelled():
+                    return await flow.fn(*args, **kwargs)
             except asyncio.CancelledError:
                 if _own_timeout(flow, started) or self._engine_handles_it():
                     raise
@@ -353,6 +353,13 @@ class InlineRun:
             return self._cancelled_state()
 
         return body
+
+    def _begins_cancelled(self) -> bool:
+        """Take note that the body begins, and tell whether it should end at once."""
+        context = FlowRunContext.get()
+        if context is not None and context.flow_run is not None and context.flow_run.state:
+            self._child.observe(context.flow_run.state)
+        return self._child.cancel_reason is not None
 
     def _engine_handles_it(self) -> bool:
         """Whether a runner cancels the whole process, which Prefect's engine does right."""

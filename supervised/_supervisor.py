@@ -600,8 +600,9 @@ class Supervisor:
         self._report = report
         if report.receipts:
             self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
+        vouched = {r.flow_run_id for r in report.receipts if r.status in {"cancelled", "forced"}}
         for child in self._registry.live():
-            child.settle("abandoned")
+            child.settle("cancelled" if child.flow_run_id in vouched else "abandoned")
 
     async def _recheck(
         self, services: Services, cause: Cause, reason: CancelReason

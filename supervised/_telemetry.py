@@ -146,7 +146,7 @@ class SupervisorSpan:
         start_ns: int,
     ) -> None:
         self._counts: dict[str, int] = {}
-        self.span = _tracer.start_span(
+        self.span = _start(
             f"supervise {flow_name}",
             context=context,
             start_time=start_ns,
@@ -182,7 +182,7 @@ class SupervisorSpan:
             self.span.set_attribute("supervised.cancel.source", reason.source)
         if raised is not None:
             self.span.set_attribute("error.type", _qualified_name(raised))
-            self.span.set_status(Status(StatusCode.ERROR, str(raised)[:256]))
+            self.span.set_status(Status(StatusCode.ERROR, _text(raised)[:256]))
         self.span.end()
 
 
@@ -212,7 +212,7 @@ class ChildSpan:
         }
         if deployment_name is not None:
             attributes["prefect.deployment.name"] = deployment_name
-        self.span = _tracer.start_span(
+        self.span = _start(
             f"child {name}",
             context=parent.context,
             kind=_span_kind(kind, detached=detached),
@@ -282,14 +282,20 @@ class ChildSpan:
         state: State | None,
         exception: BaseException | None,
         end_ns: int,
+        raised: BaseException | None = None,
     ) -> None:
         """End the span with the child's outcome; further calls do nothing."""
         if self._ended:
             return
         self._ended = True
-        error = _error_type(outcome, exception)
-        self._mark(outcome, state, exception, error)
-        self.span.end(end_ns)
+        error = _qualified_name(raised) if raised is not None else _error_type(outcome, exception)
+        try:
+            self._mark(outcome, state, exception or raised, error)
+        finally:
+            self.span.end(end_ns)
+            self._count_end(outcome, error, end_ns)
+
+    def _count_end(self, outcome: str, error: str | None, end_ns: int) -> None:
         self._parent.count(outcome)
         _active.add(-1, {"supervised.child.kind": self._labels["supervised.child.kind"]})
         labels = {**self._labels, "supervised.outcome": outcome}
@@ -316,8 +322,9 @@ class ChildSpan:
             return
         self.span.set_attribute("error.type", error)
         if exception is not None:
-            self.span.record_exception(exception)
-        message = str(exception or (state.message if state else None) or outcome)
+            with contextlib.suppress(Exception):
+                self.span.record_exception(exception)
+        message = _text(exception) or (state.message if state else None) or outcome
         self.span.set_status(Status(StatusCode.ERROR, message[:256]))
 
 
@@ -328,7 +335,7 @@ class TeardownSpan:
         self, parent: SupervisorSpan, *, reason: CancelReason, live: int, grace_seconds: float
     ) -> None:
         self._reason = reason
-        self.span = _tracer.start_span(
+        self.span = _start(
             "teardown",
             context=parent.context,
             attributes={
@@ -384,11 +391,27 @@ def _error_type(outcome: Outcome, exception: BaseException | None) -> str | None
 
 def _qualified_name(exception: BaseException) -> str:
     kind = type(exception)
-    return (
-        kind.__qualname__
-        if kind.__module__ == "builtins"
-        else f"{kind.__module__}.{kind.__qualname__}"
-    )
+    if kind.__module__ == "builtins":
+        return kind.__qualname__
+    module = "supervised" if kind.__module__ == "supervised._errors" else kind.__module__
+    return f"{module}.{kind.__qualname__}"
+
+
+def _text(exception: BaseException | None) -> str:
+    """Return an exception's text, if it has one and can say it."""
+    try:
+        return str(exception or "")
+    except Exception:
+        return type(exception).__name__
+
+
+def _start(name: str, **options: Any) -> Span:
+    """Start a span; a processor or sampler of the user that fails costs the span, not the run."""
+    try:
+        return _tracer.start_span(name, **options)
+    except Exception:
+        logger.debug("Telemetry failed to start %r", name, exc_info=True)
+        return trace.INVALID_SPAN
 
 
 __all__ = [

@@ -139,7 +139,7 @@ class Watcher:
             return
         if event.state_type in _TERMINAL or event.state_type == StateType.CANCELLING:
             self.hint(event.run_id)
-        elif child is not None and child.kind != "inline":
+        elif child is not None:
             child.observe(State(type=event.state_type, name=event.state_name))
 
     # -- reads ------------------------------------------------------------------------------

@@ -7,6 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before Prefect is imported: what a developer's shell says must not reach a test.
+for name in [name for name in os.environ if name.startswith(("PREFECT_", "OTEL_"))]:
+    del os.environ[name]
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import (
@@ -20,12 +26,6 @@ from prefect.logging.handlers import APILogWorker
 from support.world import FLOWS, World, eventually
 
 from supervised.testing import LocalServer, local_server, running
-
-# What a developer's shell or profile says must not reach a test.
-for name in [name for name in os.environ if name.startswith(("PREFECT_", "OTEL_"))]:
-    del os.environ[name]
-os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-os.environ["DO_NOT_TRACK"] = "1"
 
 _RUNNER_ENV = {
     "PREFECT_RUNNER_POLL_FREQUENCY": "2",

@@ -1,6 +1,7 @@
 """A global propagator that is not W3C's, as sites with Zipkin have it."""
 
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.propagators.textmap import (
     TextMapPropagator,
     default_getter,
@@ -14,7 +15,7 @@ class SingleHeaderB3(TextMapPropagator):
     def extract(self, carrier, context=None, getter=default_getter):
         header = getter.get(carrier, "b3")
         if not header:
-            return context or trace.Context()
+            return context or Context()
         trace_id, span_id, *_ = header[0].split("-")
         span = trace.SpanContext(
             int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=trace.TraceFlags(1)

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -59,12 +58,23 @@ if "TRACED_B3" in os.environ:
     propagate_as_b3()
 
 
+def tell(folder, what):
+    (Path(folder) / what).touch()
+
+
+def pids(folder):
+    """The processes of the children that have left their mark."""
+    return [int(text) for path in Path(folder).glob("*.pid") if (text := path.read_text())]
+
+
 # -- children -----------------------------------------------------------------------------------
 
 
 @flow
 def leaf(folder: str, seconds: float = 0) -> None:
     with tracer.start_as_current_span("leaf work"):
+        if seconds < 0:
+            raise ValueError("no time is left")
         mark(folder)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -85,7 +95,7 @@ def crunch(folder: str) -> str:
 
 @flow
 async def endless(folder: str) -> None:
-    (Path(folder) / "endless").touch()
+    tell(folder, "endless")
     await asyncio.sleep(300)
 
 
@@ -96,7 +106,7 @@ async def limited(folder: str) -> None:
 
 @flow
 async def bad(folder: str) -> None:
-    await until(lambda: asked(folder, "endless") and list(Path(folder).glob("*.pid")))
+    await until(lambda: asked(folder, "endless") and pids(folder))
     raise ValueError("part 0 is bad")
 
 
@@ -172,19 +182,19 @@ async def evening(folder: str) -> None:
     unneeded.cancel("nobody needs it")
 
 
-@supervised_flow(flow_run_name="storm")
+@supervised_flow(flow_run_name="storm", on_child_failure="wait")
 async def storm(folder: str) -> None:
-    """A deployed child is killed."""
+    """One deployed child is killed, another fails."""
     begin(folder)
-    spawn("leaf/traced", "far", parameters={"seconds": 300})
-    await until(lambda: any(path.read_text() for path in Path(folder).glob("*.pid")))
-    (path,) = Path(folder).glob("*.pid")
-    os.kill(int(path.read_text()), signal.SIGKILL)
+    spawn("leaf/traced", "killed", parameters={"seconds": 300})
+    spawn("leaf/traced", "wrong", parameters={"seconds": -1})
+    await until(lambda: pids(folder))
+    os.kill(pids(folder)[0], signal.SIGKILL)
 
 
 @supervised_flow(flow_run_name="noon")
 async def noon(folder: str) -> None:
-    """Without any runner: inline children on two levels, and a deployed one that never starts."""
+    """Inline children on two levels, and a deployed one that never starts."""
     begin(folder)
     waiting = spawn("leaf/traced", "waiting", scheduled_time=later())
     assert await spawn(extract, "extract") == "rows"
@@ -197,7 +207,7 @@ async def noon(folder: str) -> None:
 async def dusk(folder: str) -> None:
     """A supervised child in another process, and nothing else."""
     begin(folder)
-    assert await spawn("mid/untraced", "load") is None
+    await spawn("mid/untraced", "load")
 
 
 def report():
@@ -205,7 +215,6 @@ def report():
         **RUN,
         "process": os.getpid(),
         "has_sdk": "opentelemetry.sdk" in sys.modules,
-        "threads": [thread.name for thread in threading.enumerate()],
         "children": {
             child.name: {
                 "run": str(child.flow_run_id),
@@ -218,8 +227,7 @@ def report():
     }
 
 
-SCENARIOS = {"day": day, "night": night, "evening": evening, "storm": storm, "noon": noon}
-SCENARIOS["dusk"] = dusk
+SCENARIOS = {scenario.name: scenario for scenario in (day, night, evening, storm, noon, dusk)}
 
 if __name__ == "__main__":
     scenario, folder = sys.argv[1:]

@@ -159,9 +159,7 @@ def test_spawning_works_from_tasks_threads_and_nested_flows():
         context = contextvars.copy_context()
         spawned = []
         thread = threading.Thread(
-            target=lambda: context.run(
-                lambda: spawned.append(supervisor.spawn(double, {"x": 2}))
-            )
+            target=lambda: context.run(lambda: spawned.append(supervisor.spawn(double, {"x": 2})))
         )
         thread.start()
         thread.join()
@@ -364,16 +362,17 @@ def test_the_report_names_every_child():
 
 
 def test_a_thread_that_ignores_cancellation_is_reported_as_unverified():
-    release = threading.Event()
+    release, began = threading.Event(), threading.Event()
 
     @flow
     def deaf():
+        began.set()
         release.wait(30)
 
     @supervised_flow(grace_seconds=1)
     async def parent():
-        child = supervisor.spawn(deaf, name="deaf")
-        await running(child)
+        supervisor.spawn(deaf, name="deaf")
+        await asyncio.to_thread(began.wait)
         raise KeyError("body")
 
     try:

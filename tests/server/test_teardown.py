@@ -97,9 +97,7 @@ def test_a_mixed_tree_goes_whole(deployed: World) -> None:
 def test_children_that_were_starting_are_closed(deployed: World) -> None:
     """A run that is cancelled while its process starts is left in `Cancelling` by Prefect."""
     root = deployed.start("root/test", children=LEAVES)
-    eventually(
-        lambda: len(deployed.tree(root.id)) == 5, seconds=60, what="the leaves have runs"
-    )
+    eventually(lambda: len(deployed.tree(root.id)) == 5, seconds=60, what="the leaves have runs")
     eventually(
         lambda: any(run.state.is_pending() for run in deployed.tree(root.id)[1:]),
         seconds=60,

@@ -113,9 +113,9 @@ class Receiver:
     def trace_of(self, flow_run_id: str) -> str | None:
         """The trace in which a run was supervised."""
         for span in self.spans(scope="supervised"):
-            if span.name.startswith("supervise "):
-                if span.attributes["prefect.flow_run.id"] == flow_run_id:
-                    return span.trace_id
+            run = span.attributes.get("prefect.flow_run.id")
+            if span.name.startswith("supervise ") and run == flow_run_id:
+                return span.trace_id
         return None
 
     def tree(self, trace_id: str, *, kind: bool = False, outcome: bool = False) -> str:
