@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -175,10 +176,8 @@ class Child(PrefectFuture[R], Generic[R]):
         over = asyncio.Event()
 
         def wake(_: Child[R]) -> None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
                 loop.call_soon_threadsafe(over.set)
-            except RuntimeError:  # the loop is closed: nobody waits there any more
-                pass
 
         with self._waiting():
             self.add_done_callback(wake)

@@ -14,7 +14,6 @@ from uuid import UUID
 
 import anyio
 import attrs
-from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext, TagsContext
 from prefect.exceptions import TerminationSignal
 from prefect.flows import Flow
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
 
     from supervised._child import Child
 

@@ -85,7 +85,7 @@ def run_generator(
 
     with _entered(supervisor):
         try:
-            resume: Callable[[], Any] = lambda: next(generator)
+            resume: Callable[[], Any] = _sender(generator, None)
             while True:
                 item = step(resume)
                 try:

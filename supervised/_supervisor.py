@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
@@ -685,10 +685,8 @@ class Body:
         `TerminationSignal`; elsewhere it ends when it next asks for a child.
         """
         if self.loop is not None:
-            try:
+            with suppress(RuntimeError):  # the loop is closed, and the body with it
                 self.loop.call_soon_threadsafe(self._cancel_task)
-            except RuntimeError:  # the loop is closed, and the body with it
-                pass
             return
         with self._lock:
             reachable = self.thread is threading.main_thread() and _compat.has_sigterm_bridge()

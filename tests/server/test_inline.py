@@ -192,7 +192,7 @@ def test_a_child_is_a_future_for_prefect():
     @supervised_flow
     def parent():
         children = [supervisor.spawn(triple, {"x": x}) for x in range(3)]
-        done, not_done = wait(children)
+        _, not_done = wait(children)
         assert not not_done
         assert {child.result() for child in as_completed(children)} == {0, 3, 6}
         return add_one.submit(1, wait_for=children).result()

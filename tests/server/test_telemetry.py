@@ -8,7 +8,6 @@ import pytest
 from prefect.client.orchestration import get_client
 from support.otlp import receiving
 from support.stage import Played, Stage
-from support.world import eventually
 
 from supervised import __version__
 
@@ -132,20 +131,24 @@ def test_a_detached_childs_span_ends_once_its_run_exists(day: Played) -> None:
     assert audit.event_names == ["supervised.child.created", "supervised.child.detached"]
 
 
-def test_the_request_that_creates_a_run_carries_the_place_of_its_child_in_the_trace(
-    noon: Played,
+@pytest.mark.parametrize("name", ["audit", "load"])
+def test_the_request_that_creates_a_run_carries_its_place_in_the_trace(
+    day: Played, client: SyncPrefectClient, name: str
 ) -> None:
-    for name in ("extract", "mid", "waiting"):
-        child = noon.span(f"child {name}")
-        traceparent = noon.child(name)["labels"][LABEL]
-        assert traceparent.split("-")[1:3] == [child.trace_id, child.span_id]
+    """Later the run's own process writes its own place over it."""
+    child, run = day.span(f"child {name}"), day.span(name)
+    created = day.child(name)
+    assert created["labels"][LABEL].split("-")[1:3] == [child.trace_id, child.span_id]
+    traceparent = client.read_flow_run(created["run"]).labels[LABEL]
+    assert traceparent.split("-")[1:3] == [run.trace_id, run.span_id]
 
 
 def test_a_child_that_never_starts_keeps_its_place_in_the_trace(
     noon: Played, client: SyncPrefectClient
 ) -> None:
-    waiting = noon.child("waiting")
-    assert client.read_flow_run(waiting["run"]).labels[LABEL] == waiting["labels"][LABEL]
+    child = noon.span("child waiting")
+    traceparent = client.read_flow_run(noon.child("waiting")["run"]).labels[LABEL]
+    assert traceparent.split("-")[1:3] == [child.trace_id, child.span_id]
 
 
 def test_inline_children_trace_below_each_other(noon: Played) -> None:

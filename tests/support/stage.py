@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,6 +16,7 @@ from supervised.testing import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from prefect.client.orchestration import SyncPrefectClient
     from support.otlp import Receiver, Span
@@ -72,7 +72,8 @@ class Played:
                 seconds=_SOON,
                 what="the whole tree",
             )
-        assert self.otlp.tree(self.trace_id, **options) == expected
+        tree = self.otlp.tree(self.trace_id, **options)
+        assert tree == expected, f"The trace looks like this:\n\n{tree}\n"
 
 
 @attrs.frozen
