@@ -1,0 +1,213 @@
+"""Bad input is refused in words that say what to do, and spoils nothing else."""
+
+import asyncio
+import socket
+from uuid import uuid4
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from supervised import (
+    ChildFailed,
+    DeploymentNotFoundError,
+    DeploymentPausedError,
+    InvalidTargetError,
+    NoApiError,
+    NoSupervisorError,
+    ParametersError,
+    ServerUnreachableError,
+    SpawnError,
+    _api,
+    supervised_flow,
+    supervisor,
+)
+from supervised._api import open_orchestrator
+
+
+@flow
+async def double(x: int) -> int:
+    return 2 * x
+
+
+@flow
+def generator():
+    yield 1
+
+
+def in_a_scope(act):
+    """Run *act* in the body of a supervised flow whose children may fail."""
+
+    @supervised_flow(on_child_failure="ignore")
+    async def parent():
+        good = supervisor.spawn(double, {"x": 1})
+        result = await act()
+        assert await good == 2  # an error in one launch never breaks the others
+        return result
+
+    return asyncio.run(parent())
+
+
+def test_spawning_outside_a_run_says_where_to_spawn():
+    with pytest.raises(NoSupervisorError, match="@supervised_flow"):
+        supervisor.spawn(double, {"x": 1})
+
+
+@pytest.mark.parametrize(
+    "target", [42, None, "no-slash", "a/b/c", "/half", double.fn, generator]
+)
+def test_a_target_that_is_neither_flow_nor_deployment_is_refused_at_once(server, target):
+    async def act():
+        with pytest.raises(InvalidTargetError, match=r"deployment|generator"):
+            supervisor.spawn(target)
+
+    in_a_scope(act)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])
+def test_a_negative_timeout_is_refused_at_once(server, timeout):
+    async def act():
+        with pytest.raises(ValueError, match="timeout_seconds"):
+            supervisor.spawn(double, {"x": 1}, timeout_seconds=timeout)
+
+    in_a_scope(act)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"grace_seconds": -1}, "grace_seconds"),
+        ({"max_concurrent": 0}, "max_concurrent"),
+        ({"on_child_failure": "explode"}, "on_child_failure"),
+        ({"on_parent": "explode"}, "on_parent"),
+        ({"on_parent": {"exploded": "wait"}}, "on_parent"),
+    ],
+)
+def test_options_out_of_range_are_refused_at_decoration(options, words):
+    with pytest.raises(ValueError, match=words):
+        supervised_flow(**options)(lambda: None)
+
+
+def test_an_inline_child_cannot_be_detached(server):
+    async def act():
+        with pytest.raises(ValueError, match="inline"):
+            supervisor.spawn(double, {"x": 1}, on_parent="detach")
+        child = supervisor.spawn(double, {"x": 5})
+        with pytest.raises(ValueError, match="inline"):
+            child.detach()
+
+    in_a_scope(act)
+
+
+@pytest.mark.parametrize("target", ["nobody/home", str(uuid4()), uuid4()])
+def test_an_unknown_deployment_is_the_childs_outcome(server, target):
+    async def act():
+        child = supervisor.spawn(target, name="lost")
+        with pytest.raises(DeploymentNotFoundError, match="prefect deployment ls") as caught:
+            await child
+        assert caught.value.child == "lost"
+        assert child.outcome == "failed"
+
+    in_a_scope(act)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"x": 1, "y": 2}])
+def test_parameters_that_do_not_fit_a_flow_are_the_childs_outcome(server, parameters):
+    async def act():
+        with pytest.raises(ParametersError, match=r"double.*\(x: int\)"):
+            await supervisor.spawn(double, parameters)
+
+    in_a_scope(act)
+
+
+def test_a_value_of_the_wrong_type_fails_the_child(server):
+    async def act():
+        with pytest.raises(ChildFailed, match="valid integer"):
+            await supervisor.spawn(double, {"x": "many"})
+
+    in_a_scope(act)
+
+
+@pytest.fixture
+def deployment(server):
+    with get_client(sync_client=True) as client:
+        flow_id = client.create_flow(double)
+        name = f"d-{uuid4()}"
+        deployment_id = client.create_deployment(
+            flow_id,
+            name,
+            parameter_openapi_schema={
+                "type": "object",
+                "properties": {"x": {"type": "integer"}},
+                "required": ["x"],
+            },
+            enforce_parameter_schema=True,
+        )
+        yield client, deployment_id, f"double/{name}"
+
+
+def test_parameters_that_a_deployment_refuses_are_the_childs_outcome(deployment):
+    _, _, name = deployment
+
+    async def act():
+        with pytest.raises(ParametersError, match="many"):
+            await supervisor.spawn(name, {"x": "many"})
+
+    in_a_scope(act)
+
+
+def test_a_paused_deployment_is_the_childs_outcome(deployment):
+    client, deployment_id, name = deployment
+    client.pause_deployment(deployment_id)
+
+    async def act():
+        with pytest.raises(DeploymentPausedError, match="Serve it again"):
+            await supervisor.spawn(name, {"x": 1})
+
+    in_a_scope(act)
+
+
+def test_a_failed_launch_that_nobody_awaits_fails_the_parent(server):
+    @supervised_flow
+    async def parent():
+        supervisor.spawn("nobody/home")
+        await asyncio.sleep(3600)
+
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - a group on every Python
+        asyncio.run(parent())
+    (error,) = caught.value.exceptions
+    assert isinstance(error, DeploymentNotFoundError)
+
+
+def test_an_unreachable_server_is_retried_and_then_the_childs_outcome(monkeypatch):
+    monkeypatch.setattr(_api, "_LAUNCH_PATIENCE_SECONDS", 1.0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/api"
+
+        async def launch():
+            async with open_orchestrator() as api:
+                await api.read_deployment("some/deployment")
+
+        with temporary_settings({PREFECT_API_URL: url}):
+            with pytest.raises(ServerUnreachableError, match="PREFECT_API_URL"):
+                asyncio.run(launch())
+
+
+def test_no_configured_api_says_how_to_configure_one(monkeypatch):
+    from prefect.settings import PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
+
+    async def launch():
+        async with open_orchestrator():
+            pass
+
+    settings = {PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}
+    with temporary_settings(settings, restore_defaults={PREFECT_API_URL}):
+        with pytest.raises(NoApiError, match="prefect config set PREFECT_API_URL"):
+            asyncio.run(launch())
+
+
+def test_every_launch_error_is_a_spawn_error():
+    for error in (DeploymentNotFoundError, DeploymentPausedError, ParametersError, NoApiError):
+        assert issubclass(error, SpawnError)
