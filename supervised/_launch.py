@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import functools
 import inspect
@@ -279,19 +280,31 @@ class InlineRun:
             if isinstance(exc, Exception):
                 return
             raise
-        await self._ended_async(state)
+        await self._ended(state)
 
     def _run_in_thread(self) -> None:
+        # A thread has nobody to raise to; what happened is on the child.
+        with contextlib.suppress(asyncio.CancelledError, TerminationSignal):
+            if self._flow.isasync:
+                asyncio.run(self._run_in_own_loop())
+            else:
+                self._run_sync()
+
+    async def _run_in_own_loop(self) -> None:
+        """Run an async flow for a sync body, which has no loop to run it in."""
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        await self._run_in_loop()
+
+    def _run_sync(self) -> None:
         current_child.set(self._child)
         try:
-            result = _compat.run_flow_inline(self._flow, self._run, self._parameters)
-            state = asyncio.run(_await(result)) if inspect.isawaitable(result) else result
+            state: State[Any] = _compat.run_flow_inline(self._flow, self._run, self._parameters)
         except BaseException as exc:
             self._ended_by(exc)
             return
-        asyncio.run(self._ended_async(state))
+        asyncio.run(self._ended(state))
 
-    async def _ended_async(self, state: State[Any]) -> None:
+    async def _ended(self, state: State[Any]) -> None:
         outcome = outcome_of(state, asked=self._child.cancel_reason is not None)
         if outcome is None:
             # The engine gave up because the run was being cancelled behind its back.
@@ -370,10 +383,6 @@ class InlineRun:
 
     def _cancelled_state(self) -> State[Any]:
         return Cancelled(message=self._message())
-
-
-async def _await(awaitable: Any) -> Any:
-    return await awaitable
 
 
 def _own_timeout(flow: Flow[..., Any], started: float) -> bool:

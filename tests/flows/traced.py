@@ -112,6 +112,8 @@ async def bad(folder: str) -> None:
 
 @supervised_flow
 async def mid(folder: str) -> str:
+    with tracer.start_as_current_span("mid work"):
+        pass
     return await supervisor.spawn(extract, {"folder": folder}, name="step")
 
 

@@ -54,9 +54,7 @@ def test_spawning_outside_a_run_says_where_to_spawn():
         supervisor.spawn(double, {"x": 1})
 
 
-@pytest.mark.parametrize(
-    "target", [42, None, "no-slash", "a/b/c", "/half", double.fn, generator]
-)
+@pytest.mark.parametrize("target", [42, None, "no-slash", "a/b/c", "/half", double.fn, generator])
 def test_a_target_that_is_neither_flow_nor_deployment_is_refused_at_once(server, target):
     async def act():
         with pytest.raises(InvalidTargetError, match=r"deployment|generator"):

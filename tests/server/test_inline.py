@@ -644,3 +644,16 @@ def test_async_generator_flows_are_scopes_too():
 
     assert asyncio.run(main()) == [2]
     assert seen["sibling"].outcome == "completed"
+
+
+def test_a_sync_body_can_cancel_an_async_child():
+    @supervised_flow
+    def parent():
+        child = supervisor.spawn(forever)
+        while not child.state.is_running():
+            time.sleep(0.01)
+        child.cancel("no longer")
+        with pytest.raises(ChildCancelled, match="no longer"):
+            child.result(timeout=20)
+
+    parent()
