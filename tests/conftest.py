@@ -58,7 +58,7 @@ def runner(server: LocalServer) -> Iterator[None]:
     with running(command, env=env, log=server.home / "runner.log", cwd=FLOWS):
         with get_client(sync_client=True) as client:
             eventually(
-                lambda: len(client.read_deployments()) >= 9,
+                lambda: len(client.read_deployments()) >= 10,
                 seconds=90,
                 what="the deployments are served",
             )

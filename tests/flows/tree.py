@@ -122,6 +122,12 @@ def root_sync(folder: str, children: list[str]) -> None:
         time.sleep(0.05)
 
 
+@supervised_flow
+async def top(folder: str) -> None:
+    mark(folder)
+    supervisor.spawn("root/test", {"folder": folder, "children": ["mid/test", "inline"]})
+
+
 # Functions of their own: a runner loads a flow by its function, without `with_options`.
 @supervised_flow(timeout_seconds=25)
 async def root_timeout(folder: str, children: list[str]) -> None:
@@ -134,6 +140,7 @@ def root_sync_timeout(folder: str, children: list[str]) -> None:
 
 
 SERVED = [
+    top,
     leaf,
     persisted,
     mid,

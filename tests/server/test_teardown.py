@@ -84,6 +84,14 @@ def test_two_levels_go_at_once(deployed: World) -> None:
     assert states_below(deployed, root.id) == {"Cancelled"}
 
 
+def test_three_levels_go_at_once(deployed: World) -> None:
+    root = deployed.start("top/test")
+    deployed.wait_for_start(6)
+    deployed.cancel(root.id)
+    assert_all_gone(deployed, root.id)
+    assert states_below(deployed, root.id) == {"Cancelled"}
+
+
 def test_a_mixed_tree_goes_whole(deployed: World) -> None:
     """Supervised and plain, inline and deployed, spawned by body, by task and by plain calls."""
     children = ["mid-plain/test", "mid/test", "inline", "task", "plain"]

@@ -1,0 +1,165 @@
+"""How long a tree outlives its parent: `python benchmarks/teardown.py [--repetitions 10]`.
+
+Starts a throw-away server and one `serve` runner, ends a parent in each of the ways that matter,
+and measures from outside when the last process of the tree is gone and when the last run is
+terminal. Prints a table, and JSON with `--json`; exits non-zero if anything is left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import prefect
+import psutil
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from rich.console import Console
+from rich.table import Table
+
+from supervised.testing import local_server, running
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+from support.world import World, eventually  # noqa: E402
+
+LEAVES = ["leaf/test"] * 4
+MIDS = ["mid/test"] * 2
+CASES = {
+    "4 leaves": ("root", LEAVES, 5),
+    "2 mids of 3 leaves": ("root", MIDS, 9),
+}
+ENDINGS = ("cancelled", "failed", "timed out", "SIGTERM")
+console = Console()
+
+
+def main() -> int:
+    options = arguments()
+    rows = []
+    with stage() as (home, client, server):
+        for tree, (root, children, processes) in CASES.items():
+            for ending in options.endings:
+                times = []
+                for repetition in range(options.repetitions):
+                    folder = Path(tempfile.mkdtemp(dir=home))
+                    world = World(server, folder, client)
+                    times.append(measure(world, root, children, processes, ending))
+                    console.print(f"{tree}, {ending}, {repetition + 1}: {times[-1]}", style="dim")
+                rows.append({"tree": tree, "ending": ending, "times": times})
+        left = left_over(client)
+    report = {
+        "prefect": prefect.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "left_over": left,
+        "rows": rows,
+    }
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    return 1 if left else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--endings", nargs="*", default=ENDINGS, choices=ENDINGS)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def stage() -> Iterator[tuple]:
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        console.print("starting a server and a runner ...")
+        server = stack.enter_context(local_server(home=home))
+        stack.enter_context(temporary_settings({PREFECT_API_URL: server.url}))
+        client = stack.enter_context(get_client(sync_client=True))
+        env = {**server.env, "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
+        command = [sys.executable, "serve.py"]
+        stack.enter_context(running(command, env=env, log=home / "runner.log", cwd=TESTS / "flows"))
+        eventually(lambda: len(client.read_deployments()) >= 10, seconds=90, what="served")
+        yield home, client, server
+
+
+def measure(
+    world: World, root: str, children: list[str], processes: int, ending: str
+) -> dict[str, float]:
+    """End one tree; return seconds until its last process is gone and its last run terminal."""
+    name = f"{root}-timeout/test" if ending == "timed out" else f"{root}/test"
+    run = world.start(name, children=children)
+    world.wait_for_start(processes, seconds=180)
+    began = end_it(world, run.id, ending)
+    gone = over = None
+    while gone is None or over is None:
+        if gone is None and not world.alive():
+            gone = time.monotonic() - began
+        if over is None and world.is_over(run.id):
+            over = time.monotonic() - began
+        if time.monotonic() - began > 120:
+            raise SystemExit(f"still alive: {world.alive()}, {world.states(run.id)}")
+        time.sleep(0.02)
+    return {"processes": round(gone, 2), "runs": round(over, 2)}
+
+
+def end_it(world: World, run_id: UUID, ending: str) -> float:
+    if ending == "timed out":
+        # The clock starts when the flow's own does: the deadline is 25 s after its start.
+        start = world.run(run_id).start_time
+        return time.monotonic() + (start.timestamp() + 25 - time.time())
+    time.sleep(1)  # past the start-up of the last leaf
+    began = time.monotonic()
+    if ending == "cancelled":
+        world.cancel(run_id)
+    elif ending == "failed":
+        world.tell("raise")
+    else:
+        os.kill(world.pids()[str(run_id)], signal.SIGTERM)
+    return began
+
+
+def left_over(client) -> list[str]:
+    runs = client.read_flow_runs()
+    names = [f"run {run.name} {run.state_name}" for run in runs if not run.state.is_final()]
+    ours = [p for p in psutil.process_iter() if is_engine(p)]
+    return names + [f"process {process.pid}" for process in ours]
+
+
+def is_engine(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        parents = process.parents()
+        mine = any(parent.pid == os.getpid() for parent in parents)
+        return mine and "prefect.engine" in " ".join(process.cmdline())
+    return False
+
+
+def show(report: dict) -> None:
+    table = Table(title=f"Prefect {report['prefect']}, Python {report['python']}")
+    for heading in ("tree", "ending", "processes gone (s)", "runs terminal (s)"):
+        table.add_column(heading)
+    for row in report["rows"]:
+        cells = [spread([each[what] for each in row["times"]]) for what in ("processes", "runs")]
+        table.add_row(row["tree"], row["ending"], *cells)
+    console.print(table)
+    console.print(f"left over: {report['left_over'] or 'nothing'}")
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
