@@ -6,6 +6,7 @@ General layout, every module importing only from those below it:
 - `_scope`: what a flow's function is wrapped in: entering, leaving, what to raise.
 - `_supervisor`: `Supervisor`; spawns, hears of the run's end, begins the teardown.
 - `_teardown`, `_launch`, `_watch`: the three things the control plane does.
+- `_inline`, `_body`: code that runs here: a child's, and the flow's own.
 - `_registry`, `_child`: the children of one scope, and the handle of one child.
 - `_api`, `_telemetry`, `_control`: Prefect's client, OpenTelemetry, the thread.
 - `_proxy`, `_context`, `_hooks`, `_compat`: what is current; user hooks; Prefect's private parts.

@@ -75,6 +75,7 @@ class Child(PrefectFuture[R], Generic[R]):
         ask_cancel: Callable[[Child[Any], CancelReason], None],
         ask_detach: Callable[[Child[Any]], None],
         timeout_seconds: float | None = None,
+        run_name: str | None = None,
     ) -> None:
         self.name = name
         self.kind: Kind = kind
@@ -83,6 +84,7 @@ class Child(PrefectFuture[R], Generic[R]):
         self.generation = 0
         self.on_parent = on_parent
         self.timeout_seconds = timeout_seconds
+        self.run_name = run_name
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._callbacks: list[Callable[[Child[R]], None]] = []

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import copy
-import functools
 import inspect
 import logging
-import threading
-import time
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import anyio
 import attrs
-from prefect.context import FlowRunContext, TagsContext
-from prefect.exceptions import TerminationSignal
+from prefect.context import TagsContext
 from prefect.flows import Flow
-from prefect.logging import get_run_logger
-from prefect.states import Cancelled, Cancelling
 from prefect.types._datetime import now
 from prefect.utilities.callables import get_call_parameters
 
 from supervised import _compat, _identity
 from supervised._api import Deployment, Orchestrator, RunRequest
-from supervised._context import current_child
 from supervised._errors import (
     DeploymentPausedError,
     InvalidTargetError,
@@ -35,11 +25,12 @@ from supervised._errors import (
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
+    import asyncio
     import contextvars
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
-    from prefect.client.schemas.objects import FlowRun, State
+    from prefect.client.schemas.objects import FlowRun
 
     from supervised._child import Child
 
@@ -112,32 +103,100 @@ def bind_parameters(flow: Flow[..., Any], parameters: Mapping[str, Any]) -> dict
         ) from exc
 
 
-async def launch(api: Orchestrator, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
-    """Create the child's run, and start it if it is inline.
+class Launcher:
+    """Brings the children of one scope to life; lives in the control plane.
 
-    A failure becomes the child's outcome. A cancellation that came first wins: before the run
-    exists there is nothing to ask the server for.
-
-    Returns:
-        The run, or `None` if there will be none.
+    Args:
+        api: The seam to Prefect.
+        run: The supervised run.
+        max_concurrent: Children launched and not over at any one time; `None` for no limit.
+        call_soon: Calls something in the control plane's loop, from any thread.
     """
-    try:
-        if isinstance(spec.target, Flow):
-            run = await _create_inline(api, child, spec, spec.target)
-        else:
-            run = await _create_deployed(api, child, spec, spec.target)
-    except SpawnError as exc:
-        exc.child = child.name
-        child.settle("failed", exception=exc)
+
+    def __init__(
+        self,
+        api: Orchestrator,
+        *,
+        run: FlowRun,
+        max_concurrent: int | None,
+        call_soon: Callable[[Callable[[], object]], object],
+    ) -> None:
+        self._api = api
+        self._run = run
+        self._call_soon = call_soon
+        self._slots = anyio.Semaphore(max_concurrent) if max_concurrent is not None else None
+        self._earlier: dict[str, FlowRun] | None = None
+
+    async def launch(self, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
+        """Give the child a run: one that an earlier attempt left alive, or a new one.
+
+        A failure becomes the child's outcome. A cancellation that came first wins: before the
+        run exists there is nothing to ask the server for.
+
+        Returns:
+            The run, or `None` if there will be none.
+        """
+        await self._take_slot(child)
+        if child.is_over:
+            return None
+        try:
+            run = await self._adopt_earlier(child, spec) or await _create(self._api, child, spec)
+        except SpawnError as exc:
+            exc.child = child.name
+            child.settle("failed", exception=exc)
+            return None
+        except Exception as exc:
+            failure = SpawnError(
+                f"Launching child {child.name!r} failed: {exc!r}", child=child.name
+            )
+            failure.__cause__ = exc
+            child.settle("failed", exception=failure)
+            return None
+        if run is not None:
+            child.assign_run(run)
+        return run
+
+    async def _take_slot(self, child: Child[Any]) -> None:
+        """Wait for one of `max_concurrent` slots; the child gives it back when it is over."""
+        slots = self._slots
+        if slots is None:
+            return
+        child.is_queued = True
+        await slots.acquire()
+        child.is_queued = False
+        child.when_over(lambda: self._call_soon(slots.release))
+
+    async def _adopt_earlier(self, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
+        """Find what an earlier attempt of this run made of the same key.
+
+        A live deployment run is taken over. Anything else gets the next generation, because the
+        server returns a terminal run for a key that it knows.
+        """
+        if self._run.run_count <= 1:
+            return None
+        if self._earlier is None:
+            runs = await self._api.read_children([self._run.id])
+            runs.sort(key=_generation)
+            self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
+        earlier = self._earlier.get(child.key)
+        if earlier is None or earlier.state is None:
+            return None
+        is_live = outcome_of(earlier.state, asked=False) is None
+        if is_live and not isinstance(spec.target, Flow) and not earlier.state.is_cancelling():
+            child.generation = _generation(earlier)
+            return earlier
+        child.generation = _generation(earlier) + 1
         return None
-    except Exception as exc:
-        failure = SpawnError(f"Launching child {child.name!r} failed: {exc!r}", child=child.name)
-        failure.__cause__ = exc
-        child.settle("failed", exception=failure)
-        return None
-    if run is not None:
-        child.assign_run(run)
-    return run
+
+
+def _generation(run: FlowRun) -> int:
+    return int(run.labels.get(_identity.GENERATION, 0))
+
+
+async def _create(api: Orchestrator, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
+    if isinstance(spec.target, Flow):
+        return await _create_inline(api, child, spec, spec.target)
+    return await _create_deployed(api, child, spec, spec.target)
 
 
 async def _create_deployed(
@@ -203,218 +262,3 @@ def _request(
 def ambient_tags(target: Flow[..., Any] | str | UUID) -> tuple[str, ...]:
     """Return the tags of `prefect.tags(...)`, which Prefect applies to inline runs only."""
     return tuple(sorted(TagsContext.get().current_tags)) if isinstance(target, Flow) else ()
-
-
-class InlineRun:
-    """One inline child's code: an async flow in the body's loop, or a sync one in a thread.
-
-    Prefect marks a run whose task is cancelled as `Crashed`, and leaves it `Pending` if the
-    cancellation hits its engine before the body. So the request is kept until the body runs,
-    delivered there once, and turned into a returned `Cancelled` state.
-    """
-
-    def __init__(
-        self, child: Child[Any], flow: Flow[..., Any], run: FlowRun, spec: LaunchSpec
-    ) -> None:
-        self._child = child
-        self._run = run
-        self._parameters = bind_parameters(flow, spec.parameters)
-        self._spec = spec
-        self._loop = spec.home_loop if flow.isasync else None
-        self._task: asyncio.Task[None] | None = None
-        self._thread: threading.Thread | None = None
-        self._in_body = False
-        self._flow = self._guarded(flow)
-        child.interrupt = self.interrupt
-
-    def start(self) -> None:
-        """Start the code where it belongs; from any thread."""
-        if self._loop is None:
-            self._thread = threading.Thread(
-                target=self._spec.context.run,
-                args=(self._run_in_thread,),
-                name=f"supervised-{self._child.name}",
-                daemon=True,  # a thread cannot be ended; it must not keep the process alive
-            )
-            self._thread.start()
-            return
-        self._child.home_loop = self._loop
-        try:
-            self._loop.call_soon_threadsafe(self._create_task)
-        except RuntimeError:  # the body's loop is closed
-            self._child.settle("cancelled")
-
-    def interrupt(self, *, hard: bool = False) -> None:
-        """Ask the code to stop; *hard* also where only Prefect's engine runs."""
-        if self._loop is None:
-            return  # sync code asks `supervised.cancelled()`
-        try:
-            self._loop.call_soon_threadsafe(self._cancel_task, hard)
-        except RuntimeError:  # the loop is closed, and the task with it
-            self._child.settle("cancelled")
-
-    @property
-    def is_running(self) -> bool:
-        """Whether code of this child may still be executing."""
-        if self._thread is not None:
-            return self._thread.is_alive()
-        return self._task is not None and not self._task.done()
-
-    def _create_task(self) -> None:
-        assert self._loop is not None
-        # create_task(context=) is Python 3.11; a task copies the context it is created in.
-        self._task = self._spec.context.run(self._loop.create_task, self._run_in_loop())
-
-    def _cancel_task(self, hard: bool) -> None:
-        if self._task is not None and (self._in_body or hard):
-            self._task.cancel()
-
-    async def _run_in_loop(self) -> None:
-        current_child.set(self._child)
-        try:
-            state: State[Any] = await _compat.run_flow_inline(
-                self._flow, self._run, self._parameters
-            )
-        except BaseException as exc:
-            self._ended_by(exc)
-            if isinstance(exc, Exception):
-                return
-            raise
-        await self._ended(state)
-
-    def _run_in_thread(self) -> None:
-        # A thread has nobody to raise to; what happened is on the child.
-        with contextlib.suppress(asyncio.CancelledError, TerminationSignal):
-            if self._flow.isasync:
-                asyncio.run(self._run_in_own_loop())
-            else:
-                self._run_sync()
-
-    async def _run_in_own_loop(self) -> None:
-        """Run an async flow for a sync body, which has no loop to run it in."""
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        await self._run_in_loop()
-
-    def _run_sync(self) -> None:
-        current_child.set(self._child)
-        try:
-            state: State[Any] = _compat.run_flow_inline(self._flow, self._run, self._parameters)
-        except BaseException as exc:
-            self._ended_by(exc)
-            return
-        asyncio.run(self._ended(state))
-
-    async def _ended(self, state: State[Any]) -> None:
-        outcome = outcome_of(state, asked=self._child.cancel_reason is not None)
-        if outcome is None:
-            # The engine gave up because the run was being cancelled behind its back.
-            self._child.settle("cancelled", state=state)
-        elif outcome == "completed":
-            value = await state.aresult(raise_on_failure=False)
-            self._child.settle(outcome, state=state, value=value)
-        else:
-            exception = await state.aresult(raise_on_failure=False)
-            own = exception if isinstance(exception, BaseException) else None
-            self._child.settle(outcome, state=state, exception=own)
-
-    def _ended_by(self, exc: BaseException) -> None:
-        """Settle a child whose engine raised instead of returning a state."""
-        if isinstance(exc, (asyncio.CancelledError, TerminationSignal)):
-            self._child.settle("cancelled")
-        elif self._child.cancel_reason is not None:
-            self._child.settle("cancelled", exception=exc)
-        else:
-            self._child.settle("crashed", exception=exc)
-
-    # -- inside the child's own run -----------------------------------------------------------
-
-    def _guarded(self, flow: Flow[..., Any]) -> Flow[..., Any]:
-        """Return a copy of the flow whose function knows of cancellation."""
-        guarded = copy.copy(flow)
-        if self._spec.run_name is not None:
-            guarded.flow_run_name = None  # an explicit name wins over the flow's template
-        guarded.fn = self._guard_async(flow) if flow.isasync else self._guard_sync(flow)
-        return guarded
-
-    def _guard_sync(self, flow: Flow[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(flow.fn)
-        def body(*args: Any, **kwargs: Any) -> Any:
-            result = None if self._begins_cancelled() else flow.fn(*args, **kwargs)
-            if self._child.cancel_reason is None:
-                return result
-            _compat.run_coroutine(run_cancellation_hooks(flow, self._run, self._message()))
-            return self._cancelled_state()
-
-        return body
-
-    def _guard_async(self, flow: Flow[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(flow.fn)
-        async def body(*args: Any, **kwargs: Any) -> Any:
-            started = time.monotonic()
-            self._in_body = True
-            try:
-                if not self._begins_cancelled():
-                    return await flow.fn(*args, **kwargs)
-            except asyncio.CancelledError:
-                if _own_timeout(flow, started) or self._engine_handles_it():
-                    raise
-                uncancel()
-            finally:
-                self._in_body = False
-            await run_cancellation_hooks(flow, self._run, self._message())
-            return self._cancelled_state()
-
-        return body
-
-    def _begins_cancelled(self) -> bool:
-        """Take note that the body begins, and tell whether it should end at once."""
-        context = FlowRunContext.get()
-        if context is not None and context.flow_run is not None and context.flow_run.state:
-            self._child.observe(context.flow_run.state)
-        return self._child.cancel_reason is not None
-
-    def _engine_handles_it(self) -> bool:
-        """Whether a runner cancels the whole process, which Prefect's engine does right."""
-        return self._child.cancel_reason is None and _compat.termination_intent() is not None
-
-    def _message(self) -> str:
-        reason = self._child.cancel_reason
-        return f"Cancelled because {reason}" if reason else "Cancelled together with its parent"
-
-    def _cancelled_state(self) -> State[Any]:
-        return Cancelled(message=self._message())
-
-
-def _own_timeout(flow: Flow[..., Any], started: float) -> bool:
-    limit = flow.timeout_seconds
-    return limit is not None and time.monotonic() - started >= limit * 0.95
-
-
-def uncancel() -> None:
-    """Take the cancellation as answered (Python 3.11 counts them)."""
-    task: Any = asyncio.current_task()
-    if task is not None and hasattr(task, "uncancel"):
-        task.uncancel()
-
-
-async def run_cancellation_hooks(flow: Flow[..., Any], run: FlowRun, message: str) -> None:
-    """Run a flow's `on_cancellation` hooks as the engine would.
-
-    The engine runs them only for the cancellations that it hears of itself.
-    """
-    hooks = flow.on_cancellation_hooks
-    if not hooks:
-        return
-    run_logger = get_run_logger()
-    state: State[Any] = Cancelling(message=message)
-    for hook in hooks:
-        name = getattr(hook, "__name__", type(hook).__name__)
-        run_logger.info("Running hook %r in response to entering state %r", name, state.name)
-        try:
-            result: Any = hook(flow, run, state)
-            if inspect.isawaitable(result):
-                await result
-        except Exception:
-            run_logger.exception("An error was encountered while running hook %r", name)
-        else:
-            run_logger.info("Hook %r finished running successfully", name)

@@ -17,7 +17,7 @@ import attrs
 from prefect.exceptions import Abort, CancelledRun, Pause, TerminationSignal
 from prefect.states import Cancelled
 
-from supervised import _compat, _launch
+from supervised import _compat, _inline
 from supervised._context import current_child, current_supervisor
 from supervised._errors import ChildCancelled, ScopeClosedError, TeardownError
 from supervised._policy import parent_reason
@@ -243,7 +243,7 @@ class _Exit:
     def interrupted_by(self, exc: BaseException) -> None:
         """Take note of what arrived while waiting."""
         if self._is_ours(exc):
-            _launch.uncancel()
+            _inline.uncancel()
             return
         if self.exc is None or not isinstance(exc, Exception):
             self.exc = exc
@@ -322,7 +322,7 @@ def _conclude_sync(leaving: _Exit, result: Any) -> Any:
     if stopped is not None:
         concurrent.futures.wait([stopped], timeout=_CLOSE_SECONDS)
     if verdict.cancelled is not None and _compat.engine_owns_cancellation():
-        hooks = _launch.run_cancellation_hooks(
+        hooks = _inline.run_cancellation_hooks(
             leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
         )
         _compat.run_coroutine(hooks)
@@ -335,7 +335,7 @@ async def _conclude_async(leaving: _Exit, result: Any) -> Any:
     if stopped is not None:
         await _wait_shielded(leaving, stopped, time.monotonic() + _CLOSE_SECONDS)
     if verdict.cancelled is not None and _compat.engine_owns_cancellation():
-        await _launch.run_cancellation_hooks(
+        await _inline.run_cancellation_hooks(
             leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
         )
     return verdict.unwrap()

@@ -11,10 +11,9 @@ import asyncio
 import contextvars
 import logging
 import os
-import signal
 import threading
 import time
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
@@ -27,15 +26,16 @@ from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from supervised import _compat, _identity, _launch, _telemetry
 from supervised._api import Orchestrator, open_orchestrator
+from supervised._body import Body
 from supervised._child import Child
 from supervised._context import current_supervisor
 from supervised._control import ControlPlane
 from supervised._errors import NoSupervisorError
+from supervised._inline import InlineRun
 from supervised._policy import (
     Budget,
     breaks_scope,
     check_seconds,
-    outcome_of,
     parent_reason,
     resolve_on_parent,
 )
@@ -54,7 +54,7 @@ from supervised._watch import Watcher, open_watcher
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("prefect.supervised")
 
 R = TypeVar("R")
-_SIGNAL_SECONDS = 0.05
 _RUNNER_SECONDS = 5.0  # how long a runner has to signal a body whose run is being cancelled
 
 
@@ -101,8 +100,7 @@ class Supervisor:
         self._registry = Registry(flow.name)
         self._plane: ControlPlane[Services] | None = None
         self._span: _telemetry.SupervisorSpan | None = None
-        self._slots: anyio.Semaphore | None = None
-        self._earlier: dict[str, FlowRun] | None = None
+        self._launcher: _launch.Launcher | None = None
         self._ending: tuple[Cause, CancelReason] | None = None
         self._teardown: concurrent.futures.Future[None] | None = None
         self._delegate_to: UUID | None = None
@@ -241,6 +239,7 @@ class Supervisor:
                 ask_cancel=self._cancel_child,
                 ask_detach=self._detach_child,
                 timeout_seconds=timeout_seconds,
+                run_name=name,
             )
 
         work = _identity.default_key(label, given)
@@ -406,12 +405,7 @@ class Supervisor:
     async def _launch_child(
         self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
     ) -> None:
-        await self._take_slot(child)
-        if child.is_over:
-            return
-        run = await self._adopt_earlier(services, child, spec)
-        if run is None:
-            run = await _launch.launch(services.api, child, spec)
+        run = await self._launcher_with(services).launch(child, spec)
         if run is None:
             return
         services.watcher.watch(child)
@@ -422,48 +416,28 @@ class Supervisor:
             self._detach_child(child)
         self._arm_deadline(child)
         if isinstance(spec.target, Flow):
-            _launch.InlineRun(child, spec.target, run, spec).start()
+            parameters = _launch.bind_parameters(spec.target, spec.parameters)
+            InlineRun(
+                child,
+                spec.target,
+                run,
+                parameters,
+                context=spec.context,
+                home_loop=spec.home_loop,
+            ).start()
         elif child.cancel_reason is not None:
             await self._cancel_run(services, child)
 
-    async def _take_slot(self, child: Child[Any]) -> None:
-        """Wait for one of `max_concurrent` slots; the child gives it back when it is over."""
-        if self._options.max_concurrent is None:
-            return
-        if self._slots is None:
-            self._slots = anyio.Semaphore(self._options.max_concurrent)
-        slots, plane = self._slots, self._plane
-        child.is_queued = True
-        await slots.acquire()
-        child.is_queued = False
-        assert plane is not None
-        child.when_over(lambda: plane.call_soon(slots.release))
-
-    async def _adopt_earlier(
-        self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
-    ) -> FlowRun | None:
-        """Find what an earlier attempt of this run made of the same key.
-
-        A live deployment run is taken over. Anything else gets the next generation, because the
-        server returns a terminal run for a key that it knows.
-        """
-        if self._run.run_count <= 1:
-            return None
-        if self._earlier is None:
-            runs = await services.api.read_children([self._run.id])
-            runs.sort(key=lambda run: int(run.labels.get(_identity.GENERATION, 0)))
-            self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
-        earlier = self._earlier.get(child.key)
-        if earlier is None or earlier.state is None:
-            return None
-        generation = int(earlier.labels.get(_identity.GENERATION, 0))
-        is_live = outcome_of(earlier.state, asked=False) is None
-        if is_live and not isinstance(spec.target, Flow) and not earlier.state.is_cancelling():
-            child.generation = generation
-            child.assign_run(earlier)
-            return earlier
-        child.generation = generation + 1
-        return None
+    def _launcher_with(self, services: Services) -> _launch.Launcher:
+        if self._launcher is None:
+            assert self._plane is not None
+            self._launcher = _launch.Launcher(
+                services.api,
+                run=self._run,
+                max_concurrent=self._options.max_concurrent,
+                call_soon=self._plane.call_soon,
+            )
+        return self._launcher
 
     def _arm_deadline(self, child: Child[Any]) -> None:
         if child.timeout_seconds is None:
@@ -652,53 +626,6 @@ class Supervisor:
                 f"This process was forked from run {self._run.id} and cannot spawn for it. "
                 "Spawn in the flow's own process."
             )
-
-
-class Body:
-    """The body's thread or task: what ending it from the control plane needs to know."""
-
-    def __init__(self) -> None:
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.task: asyncio.Task[Any] | None = None
-        self.thread = threading.current_thread()
-        self.is_running = False
-        self.was_interrupted = False
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Mark the time in which the user's own code runs, and only it may be interrupted."""
-        self.is_running = True
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.is_running = False
-            if self.was_interrupted and self.task is None:
-                # A signal that is on its way is to be raised here, not in Prefect's engine.
-                time.sleep(_SIGNAL_SECONDS)
-
-    def interrupt(self) -> None:
-        """End the body from another thread, if it can be: cancel its task, or signal it.
-
-        A sync body is reached in the main thread only, where Prefect turns SIGTERM into
-        `TerminationSignal`; elsewhere it ends when it next asks for a child.
-        """
-        if self.loop is not None:
-            with suppress(RuntimeError):  # the loop is closed, and the body with it
-                self.loop.call_soon_threadsafe(self._cancel_task)
-            return
-        with self._lock:
-            reachable = self.thread is threading.main_thread() and _compat.has_sigterm_bridge()
-            if reachable and self.is_running and self.thread.ident is not None:
-                self.was_interrupted = True
-                signal.pthread_kill(self.thread.ident, signal.SIGTERM)
-
-    def _cancel_task(self) -> None:
-        # In the body's own loop, so that the body cannot end between the look and the cancel.
-        if self.is_running and self.task is not None and not self.was_interrupted:
-            self.was_interrupted = True
-            self.task.cancel()
 
 
 def _one_line(exc: BaseException) -> str:

@@ -7,6 +7,7 @@ Both need a Prefect server, and PREFECT_API_URL to say where it is.
 """
 
 import asyncio
+import contextlib
 import os
 import sys
 import tempfile
@@ -52,12 +53,11 @@ def wait_until_served() -> None:
     deadline = time.monotonic() + START_SECONDS
     with get_client(sync_client=True) as client:
         while time.monotonic() < deadline:
-            try:
-                client.read_deployment_by_name("score/local")
-            except ObjectNotFound:
-                time.sleep(0.2)
-            else:
-                return
+            with contextlib.suppress(ObjectNotFound):
+                # A runner that stops leaves its deployments behind, paused.
+                if not client.read_deployment_by_name("score/local").paused:
+                    return
+            time.sleep(0.2)
     raise SystemExit(f"score/local is not served after {START_SECONDS} s")
 
 

@@ -115,14 +115,15 @@ def test_the_spans_name_the_library_and_its_version(day: Played) -> None:
     assert day.span("supervise mid").scope_version == __version__
 
 
-def test_a_span_of_a_child_covers_the_span_of_its_run(day: Played) -> None:
+def test_a_scope_covers_its_children_and_they_cover_their_runs(day: Played) -> None:
+    scope = day.span("supervise day")
     for name in ("extract", "crunch", "load"):
         child, run = day.span(f"child {name}"), day.span(name)
-        assert child.start <= run.start
-        assert child.end - run.end > -5e9, "it ended long before the run that it stands for"
-    scope = day.span("supervise day")
-    assert all(scope.start <= day.span(f"child {name}").start for name in ("extract", "load"))
-    assert all(day.span(f"child {name}").end <= scope.end for name in ("extract", "load"))
+        assert scope.start <= child.start <= run.start
+        assert child.end <= scope.end
+    # What runs elsewhere may still be tidying up when its end is seen here.
+    assert day.span("extract").end <= day.span("child extract").end
+    assert day.span("crunch").end <= day.span("child crunch").end
 
 
 def test_a_detached_childs_span_ends_once_its_run_exists(day: Played) -> None:
