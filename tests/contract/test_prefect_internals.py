@@ -1,0 +1,91 @@
+"""What we rely on of Prefect beyond its public surface: these say when Prefect changes it."""
+
+import inspect
+import signal
+
+import pytest
+from prefect import flow, task
+from prefect.client.schemas.objects import State, StateType
+from prefect.context import FlowRunContext
+from prefect.deployments import run_deployment
+from prefect.flow_engine import run_flow
+from prefect.utilities.engine import capture_sigterm
+
+from supervised import _compat
+
+
+def test_the_traceparent_label_has_prefects_name():
+    from prefect.telemetry.run_telemetry import LABELS_TRACEPARENT_KEY
+
+    assert _compat.TRACEPARENT_LABEL == LABELS_TRACEPARENT_KEY == "__OTEL_TRACEPARENT"
+
+
+def test_run_flow_takes_a_flow_run_and_returns_a_state():
+    parameters = inspect.signature(run_flow).parameters
+    assert {"flow", "flow_run", "parameters", "return_type"} <= set(parameters)
+
+
+def test_the_intent_of_a_runner_can_be_read():
+    assert _compat.termination_intent() is None
+
+
+def test_prefects_bridge_turns_sigterm_into_an_exception_in_the_main_thread():
+    assert not _compat.has_sigterm_bridge()
+    with capture_sigterm():
+        assert _compat.has_sigterm_bridge()
+        assert callable(signal.getsignal(signal.SIGTERM))
+    assert not _compat.has_sigterm_bridge()
+
+
+@pytest.mark.parametrize(
+    ("hooks", "owner", "expected"),
+    [("true", "run", False), ("false", "run", True), ("false", "", True), ("false", "x", False)],
+)
+def test_a_runner_is_recognised_by_what_it_sets(monkeypatch, hooks, owner, expected):
+    monkeypatch.setenv("PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS", hooks)
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", owner)
+    assert _compat.runner_owns("run") is expected
+
+
+def test_prefect_counts_the_tracking_tasks_of_run_deployment(deployed, tmp_path):
+    @task
+    def in_a_task():
+        run_deployment("persisted/test", parameters={"folder": str(tmp_path)}, timeout=0)
+
+    @flow
+    def plain(by_task: bool):
+        assert not _compat.plain_launches(FlowRunContext.get())
+        if by_task:
+            in_a_task()
+        else:
+            run_deployment("persisted/test", parameters={"folder": str(tmp_path)}, timeout=0)
+        return _compat.plain_launches(FlowRunContext.get())
+
+    assert plain(by_task=False)
+    assert plain(by_task=True)
+
+
+def test_a_run_that_was_created_first_runs_under_its_own_id(server):
+    from prefect.client.orchestration import get_client
+
+    @flow
+    def answer(x: int):
+        return x, FlowRunContext.get().flow_run.id
+
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(answer, parameters={"x": 7})
+    state = _compat.run_flow_inline(answer, run, {"x": 7})
+    assert state.type == StateType.COMPLETED
+    assert _compat.state_result(state) == (7, run.id)
+
+
+def test_a_returned_state_becomes_the_state_of_the_run(server):
+    """Inline children end `Cancelled` by returning it, because Prefect crashes cancelled tasks."""
+
+    @flow
+    def ends_cancelled():
+        return State(type=StateType.CANCELLED, name="Cancelled", message="so it was")
+
+    state = ends_cancelled(return_state=True)
+    assert state.is_cancelled()
+    assert state.message == "so it was"
