@@ -16,6 +16,7 @@ from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
 from supervised import _compat
+from supervised._control import CONTROL_THREAD
 from supervised._errors import (
     ChildCancelled,
     ChildCrashed,
@@ -388,7 +389,14 @@ class Child(PrefectFuture[R], Generic[R]):
                 self._callbacks.remove(fn)
 
     def _refuse_deadlock(self) -> None:
-        if self.is_over or self.home_loop is None:
+        if self.is_over:
+            return
+        if threading.current_thread().name == CONTROL_THREAD:
+            raise RuntimeError(
+                f"A callback must not wait for child {self.name!r}: it runs in the thread that "
+                "would hear of the child's end. Wait in the flow."
+            )
+        if self.home_loop is None:
             return
         try:
             running = asyncio.get_running_loop()

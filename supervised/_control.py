@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 T = TypeVar("T")
 
+CONTROL_THREAD = "supervised-control"
+"""The thread's name; waiting for a child in it would wait for ever."""
+
 _CLOSE_SECONDS = 5.0
 
 
@@ -57,7 +60,7 @@ class ControlPlane(Generic[S]):
         self._thread = threading.Thread(
             target=self._context.run,
             args=(self._main,),
-            name="supervised-control",
+            name=CONTROL_THREAD,
             daemon=True,
         )
 

@@ -489,7 +489,7 @@ class Supervisor:
         """Tear down one child with everything below it; its siblings go on."""
         if child.flow_run_id is None or child.cancel_reason is None or child.is_over:
             return
-        await Teardown(
+        report = await Teardown(
             services.api,
             services.watcher,
             flow_name=self._flow.name,
@@ -501,6 +501,9 @@ class Supervisor:
             budget=Budget(self._options.grace_seconds),
             top=child.flow_run_id,
         ).run()
+        if not report.ok and self._ending is None:
+            self._logger.error("%s", report)
+            child.settle("abandoned")
 
     def _detach_child(self, child: Child[Any]) -> None:
         if child.kind == "inline":

@@ -184,7 +184,8 @@ class Teardown:
     def _take_children(self) -> None:
         """Take up the direct children; newer ones turn up here on every call."""
         for child in self._children():
-            action = child.on_parent[self._cause]
+            # Who was told to cancel is cancelled, whatever its parent's end would have meant.
+            action = "cancel" if child.cancel_reason else child.on_parent[self._cause]
             if action == "detach" or child.outcome == "detached":
                 if child.flow_run_id is not None:
                     self._spared.add(child.flow_run_id)

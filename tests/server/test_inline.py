@@ -657,3 +657,65 @@ def test_a_sync_body_can_cancel_an_async_child():
             child.result(timeout=20)
 
     parent()
+
+
+def test_a_done_callback_may_spawn_but_not_wait():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        scope = supervised._context.current_supervisor.get()
+
+        def on_done(child):
+            seen["spawned"] = scope.spawn(double, {"x": 2})
+
+        first = supervisor.spawn(double, {"x": 1})
+        first.add_done_callback(on_done)
+        await first
+        while "spawned" not in seen:
+            await asyncio.sleep(0.01)
+        return await seen["spawned"]
+
+    assert asyncio.run(parent()) == 4
+
+
+def test_many_threads_may_spawn_at_once():
+    @supervised_flow
+    def parent():
+        contexts = [contextvars.copy_context() for _ in range(8)]
+        spawned = []
+        threads = [
+            threading.Thread(
+                target=context.run,
+                args=(lambda: spawned.append(supervisor.spawn(triple, {"x": 1})),),
+            )
+            for context in contexts
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(child.result() for child in spawned), len({child.key for child in spawned})
+
+    assert parent() == (24, 8)
+
+
+def test_a_body_that_blocks_its_loop_does_not_stop_supervision():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        child = seen["child"] = supervisor.spawn(until_cancelled)
+        await running(child)
+        seen["run"] = own_run_id()
+        cancel_run(seen["run"])
+        deadline = time.monotonic() + 20
+        while child.cancel_reason is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # on purpose: the loop is blocked
+        seen["heard"] = child.cancel_reason is not None
+        await asyncio.sleep(3600)
+
+    with pytest.raises(CancelledRun):
+        asyncio.run(parent())
+    assert seen["heard"]
+    assert seen["child"].outcome == "cancelled"
