@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before Prefect is imported: what a developer's shell says must not reach a test.
 for name in [name for name in os.environ if name.startswith(("PREFECT_", "OTEL_"))]:
     del os.environ[name]
+_HOME = tempfile.TemporaryDirectory(prefix="supervised-home-", ignore_cleanup_errors=True)
+os.environ["PREFECT_HOME"] = _HOME.name
+os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 

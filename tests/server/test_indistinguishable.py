@@ -217,6 +217,20 @@ def with_async_subflows(decorate: Decorate, seen: Observer) -> Callable[[], obje
     return lambda: asyncio.run(with_async_subflows())
 
 
+def with_a_subflow_of_its_kind(decorate: Decorate, seen: Observer) -> Callable[[], object]:
+    @decorate
+    def below(number: int) -> int:
+        seen.look()
+        return -number
+
+    @decorate
+    async def with_a_subflow_of_its_kind() -> int:
+        seen.look()
+        return below(1)
+
+    return lambda: asyncio.run(with_a_subflow_of_its_kind())
+
+
 HOOKS = ("on_completion", "on_failure", "on_cancellation", "on_crashed", "on_running")
 
 
@@ -364,6 +378,7 @@ SORTS = [
     with_async_tasks,
     with_a_subflow,
     with_async_subflows,
+    with_a_subflow_of_its_kind,
     with_hooks_completing,
     with_hooks_failing,
     with_hooks_crashing,
@@ -444,3 +459,245 @@ def test_the_table_calls_hooks_of_all_five_kinds(observer: Observer) -> None:
         called.update(observer.observe(sort(supervised_flow, observer)).hooks)
     called.update(observer.observe(with_hooks_cancelling(supervised_flow, observer)).hooks)
     assert {call.split(":")[0] for call in called} == set(HOOKS)
+
+
+# -- what tools do with a flow ------------------------------------------------------------------
+
+
+def nightly(day: str, count: int = 3) -> list[str]:
+    """Do the nightly work.
+
+    Args:
+        day: Which day.
+        count: How many parts.
+    """
+    return [day] * count
+
+
+OPTIONS: dict[str, Any] = {"name": "Nightly", "retries": 2, "description": "Work at night."}
+plain_nightly = flow(**OPTIONS)(nightly)
+supervised_nightly = supervised_flow(
+    **OPTIONS, grace_seconds=7, on_child_failure="wait", on_parent={"completed": "cancel"}
+)(nightly)
+
+
+def test_it_is_a_flow_with_the_same_face() -> None:
+    ours, plain = supervised_nightly, plain_nightly
+    assert isinstance(ours, Flow)
+    assert inspect.signature(ours) == inspect.signature(plain)
+    assert inspect.signature(ours.fn) == inspect.signature(plain.fn)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(ours, name) == getattr(plain, name)
+        assert getattr(ours.fn, name) == getattr(plain.fn, name)
+
+
+def test_it_tells_prefect_the_same_of_itself() -> None:
+    """Its version and entrypoint come from the user's file, not from the library's."""
+    same = set(vars(plain_nightly)) - {"fn", "task_runner"}
+    assert {name: vars(supervised_nightly)[name] for name in same} == {
+        name: vars(plain_nightly)[name] for name in same
+    }
+    assert supervised_nightly.version is not None
+    assert supervised_nightly._entrypoint.endswith("test_indistinguishable:nightly")
+
+
+def test_a_script_tells_prefect_the_same_of_its_flow(server: LocalServer) -> None:
+    """What runs as `__main__` is known by its file, which must not become the library's."""
+    plain, ours, changed = printed([sys.executable, "loaded.py"], server)
+    assert ours == changed == plain
+    assert ours["entrypoint"].endswith("loaded.py:double")
+    assert ours["version"]
+
+
+def printed(command: list[str], server: LocalServer) -> Any:
+    """What a process prints that has nothing in common with this one but the server."""
+    ended = subprocess.run(
+        command, cwd=FLOWS, env=dict(server.env), capture_output=True, check=False, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr.decode()[-4000:]
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize(
+    ("sort", "kinds"),
+    [
+        (sync, (False, False)),
+        (asynchronous, (True, False)),
+        (generator, (False, True)),
+        (async_generator, (True, True)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_it_is_of_the_kind_of_its_function(sort: Callable[..., Any], kinds: object) -> None:
+    made: list[SupervisedFlow[..., Any]] = []
+
+    def decorate(fn: Callable[..., Any]) -> SupervisedFlow[..., Any]:
+        made.append(supervised_flow(fn))
+        return made[0]
+
+    sort(decorate, None)
+    assert (made[0].isasync, made[0].isgenerator) == kinds
+    assert inspect.iscoroutinefunction(made[0].fn) == (kinds == (True, False))
+    assert inspect.isgeneratorfunction(made[0].fn) == (kinds == (False, True))
+    assert inspect.isasyncgenfunction(made[0].fn) == (kinds == (True, True))
+
+
+def test_it_can_be_pickled(server: LocalServer) -> None:
+    loaded = pickle.loads(cloudpickle.dumps(supervised_nightly))
+    assert type(loaded) is SupervisedFlow
+    assert loaded.scope_options == supervised_nightly.scope_options
+    assert loaded.version == supervised_nightly.version
+    assert loaded("monday", count=1) == ["monday"]
+
+
+LOAD_PICKLE = """
+import pickle, sys
+loaded = pickle.load(sys.stdin.buffer)
+print(type(loaded).__name__, loaded.scope_options.grace_seconds, loaded.retries, loaded(5))
+"""
+
+
+def test_it_can_be_pickled_into_a_process_that_lacks_its_module(server: LocalServer) -> None:
+    """As `flow.serve()` does."""
+    factor = 3
+
+    @supervised_flow(grace_seconds=7, retries=1)
+    def times(number: int) -> int:
+        return factor * number
+
+    ended = subprocess.run(
+        [sys.executable, "-c", LOAD_PICKLE],
+        input=cloudpickle.dumps(times),
+        env=dict(server.env),
+        cwd=FLOWS,
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.stdout.decode().split() == ["SupervisedFlow", "7", "1", "15"], ended.stderr
+
+
+def test_a_copy_is_as_good_as_the_original(server: LocalServer) -> None:
+    copied = copy.copy(supervised_nightly)
+    assert type(copied) is SupervisedFlow
+    assert copied.scope_options == supervised_nightly.scope_options
+    assert copied("monday", count=1) == ["monday"]
+
+
+def test_other_options_leave_everything_else_alone(server: LocalServer) -> None:
+    changed = supervised_nightly.with_options(retries=0, grace_seconds=9)
+    assert type(changed) is SupervisedFlow
+    assert (changed.retries, supervised_nightly.retries) == (0, 2)
+    before, after = supervised_nightly.scope_options, changed.scope_options
+    assert after == attrs.evolve(before, grace_seconds=9)
+    assert changed.unsupervised_fn is supervised_nightly.unsupervised_fn is nightly
+    for name in ("version", "_entrypoint", "parameters", "description", "name"):
+        assert getattr(changed, name) == getattr(supervised_nightly, name)
+    assert inspect.signature(changed) == inspect.signature(supervised_nightly)
+    assert changed("monday", count=1) == ["monday"]
+
+
+def test_options_change_as_those_of_a_plain_flow_do() -> None:
+    options = {"name": "Daily", "retries": 5, "timeout_seconds": 3, "log_prints": True}
+    ours, plain = supervised_nightly.with_options(**options), plain_nightly.with_options(**options)
+    same = set(vars(plain)) - {"fn", "task_runner", "__wrapped__"}
+    assert {name: vars(ours)[name] for name in same} == {name: vars(plain)[name] for name in same}
+    assert inspect.unwrap(ours) is inspect.unwrap(plain) is nightly
+
+
+def test_a_changed_flow_is_supervised_once(server: LocalServer) -> None:
+    """Else each `with_options` would open one more scope in the same run."""
+    changed = supervised_nightly.with_options(retries=0).with_options(name="Daily")
+    assert changed.fn.__wrapped__ is nightly
+
+
+class Scaler:
+    """A user's class with flows for methods."""
+
+    unit = 10
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    @supervised_flow
+    def scale(self, number: int) -> int:
+        return self.factor * number
+
+    @supervised_flow
+    async def scale_async(self, number: int) -> int:
+        return self.factor * number
+
+    @supervised_flow
+    @classmethod
+    def in_units(cls, number: int) -> int:
+        return cls.unit * number
+
+    @supervised_flow
+    @staticmethod
+    def halve(number: int) -> int:
+        return number // 2
+
+
+class Dozens(Scaler):
+    unit = 12
+
+
+def test_methods_can_be_supervised_flows(server: LocalServer) -> None:
+    double = Scaler(2)
+    assert double.scale(3) == 6
+    assert asyncio.run(double.scale_async(4)) == 8
+
+
+def test_a_method_stays_with_its_own_instance(server: LocalServer) -> None:
+    """Under plain Prefect the instance that was touched last wins."""
+    twice, thrice = Scaler(2).scale, Scaler(3).scale
+    assert (twice(1), thrice(1), twice(1)) == (2, 3, 2)
+
+
+def test_class_methods_and_static_methods_can_be_supervised_flows(server: LocalServer) -> None:
+    assert Scaler.in_units(2) == 20
+    assert Dozens.in_units(2) == Dozens(1).in_units(2) == 24
+    assert Scaler.halve(6) == Scaler(5).halve(6) == 3
+
+
+LOAD = """
+import json, sys
+from prefect.flows import load_flow_from_entrypoint
+loaded = load_flow_from_entrypoint(sys.argv[1])
+grace_seconds = loaded.scope_options.grace_seconds
+print(json.dumps([type(loaded).__name__, loaded.retries, grace_seconds, loaded(4)]))
+"""
+
+
+@pytest.mark.parametrize("entrypoint", ["loaded.py:double", "loaded.double"])
+def test_a_process_that_knows_nothing_of_it_can_load_it(
+    server: LocalServer, entrypoint: str
+) -> None:
+    loaded = printed([sys.executable, "-c", LOAD, entrypoint], server)
+    assert loaded == ["SupervisedFlow", 2, 7, 8]
+
+
+def test_it_becomes_the_same_deployment(server: LocalServer) -> None:
+    """All that a runner registers, schedules and parameters included."""
+    options: dict[str, Any] = {
+        "parameters": {"day": "monday"},
+        "interval": 3600,
+        "tags": ["night"],
+        "version": "1",
+    }
+    ours = supervised_nightly.to_deployment("test", **options)
+    plain = plain_nightly.to_deployment("test", **options)
+    varying = {"schedules"}  # anchored to the moment
+    assert ours.model_dump(exclude=varying) == plain.model_dump(exclude=varying)
+    assert ours._parameter_openapi_schema == plain._parameter_openapi_schema
+    assert ours.full_name == "Nightly/test"
+    assert len(ours.schedules) == 1
+
+
+@pytest.mark.parametrize("of", [SupervisedFlow, supervised_flow], ids=["class", "decorator"])
+def test_it_can_be_loaded_from_a_source(server: LocalServer, of: Any) -> None:
+    loaded = of.from_source(str(FLOWS), "loaded.py:double")
+    assert type(loaded) is SupervisedFlow
+    assert loaded.scope_options.grace_seconds == 7
+    assert loaded(4) == 8
+    assert loaded.to_deployment("test").entrypoint == "loaded.py:double"

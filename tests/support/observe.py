@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+# Where Prefect sends logs and events, now and then and for several runs at once.
+_BACKGROUND = {"APILogWorkerThread", "EventsWorkerThread", "GlobalEventLoopThread"}
+_BUSY = {408, 429, 502, 503}
 _SET_STATE = re.compile(rf"/flow_runs/({_ID.pattern})/set_state$")
 
 
@@ -66,8 +69,8 @@ class Observer:
         before = _threads()
         with _requests() as requests, _log_lines() as logs:
             outcome = _outcome_of(run)
-        lines, ids = [line for line, _ in requests], [found for _, found in requests if found]
-        runs = [self._client.read_flow_run(UUID(run_id)) for run_id in dict.fromkeys(ids)]
+        ids = dict.fromkeys(r.flow_run_id for r in requests if r.flow_run_id is not None)
+        runs = [self._client.read_flow_run(UUID(run_id)) for run_id in ids]
         names = {run.name: "{run}" for run in runs}
         states = [
             (run.state.type.value, run.state.name, _normal(run.state.message, names))
@@ -78,7 +81,7 @@ class Observer:
             outcome,
             states,
             [_normal(line, names) or "" for line in logs],
-            lines,
+            [request.line for request in requests],
             self.hooks,
             self.threads,
             _left_behind(before),
@@ -98,34 +101,47 @@ def _outcome_of(run: Callable[[], object]) -> object:
     return result
 
 
-@contextlib.contextmanager
-def _requests() -> Iterator[list[tuple[str, str | None]]]:
-    """Collect every request to the API, with the id of the flow run that it gives a state."""
-    seen: list[tuple[str, str | None]] = []
-    sync, asynchronous = (
-        httpx.HTTPTransport.handle_request,
-        httpx.AsyncHTTPTransport.handle_async_request,
-    )
+@attrs.define
+class _Request:
+    line: str
+    flow_run_id: str | None
+    is_answered: bool = False
 
-    def note(request: httpx.Request) -> None:
-        path = request.url.path
-        if path.endswith("/logs/"):
-            return  # sent now and then, by a thread of Prefect's
-        run = _SET_STATE.search(path)
-        seen.append((_line(request) + " @" + threading.current_thread().name, run.group(1) if run else None))
+
+@contextlib.contextmanager
+def _requests() -> Iterator[list[_Request]]:
+    """Collect every request to the API, with the id of the flow run that it gives a state.
+
+    What the server was too busy for is left out, because Prefect's client asks again.
+    """
+    seen: list[_Request] = []
+    sync = httpx.HTTPTransport.handle_request
+    asynchronous = httpx.AsyncHTTPTransport.handle_async_request
+
+    def note(request: httpx.Request) -> _Request:
+        run = _SET_STATE.search(request.url.path)
+        noted = _Request(_line(request), run.group(1) if run else None)
+        if threading.current_thread().name not in _BACKGROUND:
+            seen.append(noted)
+        return noted
 
     def handle(self: Any, request: httpx.Request) -> httpx.Response:
-        note(request)
-        return sync(self, request)
+        noted = note(request)
+        response = sync(self, request)
+        noted.is_answered = response.status_code not in _BUSY
+        return response
 
     async def handle_async(self: Any, request: httpx.Request) -> httpx.Response:
-        note(request)
-        return await asynchronous(self, request)
+        noted = note(request)
+        response = await asynchronous(self, request)
+        noted.is_answered = response.status_code not in _BUSY
+        return response
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(httpx.HTTPTransport, "handle_request", handle)
         patch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", handle_async)
         yield seen
+        seen[:] = [noted for noted in seen if noted.is_answered]
 
 
 def _line(request: httpx.Request) -> str:
@@ -148,14 +164,12 @@ def _log_lines() -> Iterator[list[str]]:
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(f"{record.levelname} {record.name} {record.getMessage()}")
 
-    handler, loggers = Collector(), [logging.getLogger("prefect")]
-    for logger in loggers:
-        logger.addHandler(handler)
+    handler, logger = Collector(), logging.getLogger("prefect")
+    logger.addHandler(handler)
     try:
         yield lines
     finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
+        logger.removeHandler(handler)
 
 
 def _normal(text: str | None, names: dict[str, str]) -> str | None:
@@ -168,7 +182,7 @@ def _normal(text: str | None, names: dict[str, str]) -> str | None:
 
 
 def _threads() -> set[str]:
-    return {re.sub(r"\d+", "#", thread.name) for thread in threading.enumerate()}
+    return {re.sub(r"0x[0-9a-f]+|\d+", "#", thread.name) for thread in threading.enumerate()}
 
 
 def _left_behind(before: set[str]) -> set[str]:
