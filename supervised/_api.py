@@ -6,7 +6,7 @@ stream. Every call may be repeated: creations carry keys under which the server 
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import UUID, uuid4
 
@@ -90,7 +90,9 @@ class RunRequest:
     idempotency_key: str
     parent_run_id: UUID
     tracking_key: str
+    tracking_id: UUID
     task_inputs: Mapping[str, Any]
+    is_linked: bool = True
     scheduled_time: datetime | None = None
     work_queue_name: str | None = None
     job_variables: Mapping[str, Any] | None = None
@@ -142,7 +144,7 @@ class Orchestrator(Protocol):
 
     async def nudge(self, run_id: UUID) -> None: ...
 
-    async def update_labels(self, run_id: UUID, labels: Mapping[str, Any]) -> None: ...
+    async def cut_loose(self, run: FlowRun, labels: Mapping[str, Any]) -> None: ...
 
     def subscribe(
         self, resources: Sequence[str]
@@ -218,7 +220,7 @@ class PrefectOrchestrator:
             ServerUnreachableError: If the server did not answer in time.
         """
         task = Task[..., Any](name=deployment.name, fn=_nothing, version=deployment.version)
-        parent = await self._track(task, request)
+        parent = await self._track(task, request) if request.is_linked else None
         return await self._patiently(
             lambda: self._client.create_flow_run_from_deployment(
                 deployment.id,
@@ -277,6 +279,7 @@ class PrefectOrchestrator:
                 task=task,
                 flow_run_id=request.parent_run_id,
                 dynamic_key=request.tracking_key,
+                id=request.tracking_id,
                 task_inputs=dict(request.task_inputs),
                 state=Pending(),
             )
@@ -409,9 +412,16 @@ class PrefectOrchestrator:
         }
         await self._client.request("POST", "/events", json=[event])
 
-    async def update_labels(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
-        """Add labels to a run."""
-        await self._client.update_flow_run_labels(run_id, dict(labels))
+    async def cut_loose(self, run: FlowRun, labels: Mapping[str, Any]) -> None:
+        """Label a run, and cut its link to its parent.
+
+        The server's own cascade cancels whatever is linked to a run that is `Cancelled`. The
+        link is the tracking task run; deleting it leaves the child without a parent.
+        """
+        await self._client.update_flow_run_labels(run.id, dict(labels))
+        if run.parent_task_run_id is not None:
+            with suppress(ObjectNotFound):
+                await self._client.delete_task_run(run.parent_task_run_id)
 
     @asynccontextmanager
     async def subscribe(self, resources: Sequence[str]) -> AsyncIterator[AsyncIterator[RunEvent]]:

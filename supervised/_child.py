@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import uuid4
 
 from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult
 from prefect.futures import PrefectFuture
@@ -47,6 +48,7 @@ _ERRORS: dict[Outcome, type[ChildError]] = {
     "timed_out": ChildTimedOut,
     "cancelled": ChildCancelled,
     "abandoned": ChildCancelled,
+    "detached": ChildError,
 }
 _NO_RESULT: Any = object()
 
@@ -93,6 +95,7 @@ class Child(PrefectFuture[R], Generic[R]):
         self._ask_cancel = ask_cancel
         self._ask_detach = ask_detach
         self._flow_run: FlowRun | None = None
+        self._tracking_id = uuid4()
         self._state: State[Any] | None = None
         self._final_state: State[Any] | None = None
         self._outcome: Outcome | None = None
@@ -132,7 +135,8 @@ class Child(PrefectFuture[R], Generic[R]):
     @property
     def task_run_id(self) -> Any:
         """The id of the tracking task run that links the child to its parent's run."""
-        return self._flow_run.parent_task_run_id if self._flow_run is not None else None
+        linked = self._flow_run.parent_task_run_id if self._flow_run is not None else None
+        return linked or self._tracking_id
 
     @property
     def state(self) -> State[Any]:
@@ -166,8 +170,7 @@ class Child(PrefectFuture[R], Generic[R]):
             RuntimeError: If called in the event loop that the child itself needs.
         """
         self._refuse_deadlock()
-        with self._waiting():
-            self._done.wait(timeout)
+        self._done.wait(timeout)
 
     async def wait_async(self, timeout: float | None = None) -> None:
         """Wait in the running event loop until the child is over, whatever its outcome.
@@ -182,14 +185,13 @@ class Child(PrefectFuture[R], Generic[R]):
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
                 loop.call_soon_threadsafe(over.set)
 
-        with self._waiting():
-            self.add_done_callback(wake)
-            try:
-                await asyncio.wait_for(over.wait(), timeout)
-            except asyncio.TimeoutError:
-                return
-            finally:
-                self._remove_done_callback(wake)
+        self.add_done_callback(wake)
+        try:
+            await asyncio.wait_for(over.wait(), timeout)
+        except asyncio.TimeoutError:
+            return
+        finally:
+            self._remove_done_callback(wake)
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
         """Return the child's result, waiting for it if need be.
@@ -207,7 +209,8 @@ class Child(PrefectFuture[R], Generic[R]):
                 or `ChildCancelled`, with the child's own exception as `__cause__`.
             SpawnError: If it could not be launched.
         """
-        self.wait(timeout)
+        with self._waiting():
+            self.wait(timeout)
         self._require_over(timeout)
         answer: R
         if self._outcome == "completed":
@@ -278,6 +281,12 @@ class Child(PrefectFuture[R], Generic[R]):
     def exception(self) -> BaseException | None:
         """The child's own exception, or why it could not be launched."""
         return self._exception
+
+    def new_tracking_id(self) -> UUID:
+        """Return the id for the tracking task run of the current generation."""
+        if self.generation:
+            self._tracking_id = uuid4()
+        return self._tracking_id
 
     def assign_run(self, flow_run: FlowRun) -> None:
         """Record the run that the server created."""
@@ -469,6 +478,8 @@ class Child(PrefectFuture[R], Generic[R]):
             because = f" because {self.cancel_reason}" if self.cancel_reason else ""
             tail = " and may still be alive" if self._outcome == "abandoned" else ""
             return f"was cancelled{because}{tail}."
+        if self._outcome == "detached":
+            return "was detached: it goes on, and nobody here hears how it ends."
         if self._outcome == "timed_out":
             return f"timed out: {state.message or state.name}"
         verb = "crashed" if self._outcome == "crashed" else "failed"

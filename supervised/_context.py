@@ -38,4 +38,6 @@ def cancelled() -> bool:
     if child is not None and child.cancel_reason is not None:
         return True
     supervisor = current_supervisor.get()
-    return supervisor is not None and supervisor.is_ending
+    if supervisor is None or (child is not None and supervisor.owns(child)):
+        return False  # a child ends when it is asked itself: its policy may be to be waited for
+    return supervisor.is_ending

@@ -140,7 +140,7 @@ class Launcher:
         if child.is_over:
             return None
         try:
-            run = await self._adopt_earlier(child, spec) or await _create(self._api, child, spec)
+            run = await self._adopt_earlier(child, spec) or await self._create(child, spec)
         except SpawnError as exc:
             exc.child = child.name
             child.settle("failed", exception=exc)
@@ -187,6 +187,26 @@ class Launcher:
             return earlier
         child.generation = _generation(earlier) + 1
         return None
+
+    async def _create(self, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
+        """Create the run, under the first generation of its key that has not been used up.
+
+        A resumed run counts as the same attempt, so only the answer tells that a key was used.
+        """
+        while True:
+            run = await _create(self._api, child, spec)
+            if run is None or not _is_used_up(run):
+                return run
+            child.generation += 1
+
+
+def _is_used_up(run: FlowRun) -> bool:
+    """Whether the server answered with a run that an earlier attempt left behind."""
+    if run.state is None:
+        return False
+    if run.deployment_id is None:
+        return not run.state.is_pending()
+    return run.state.is_final() or run.state.is_cancelling()
 
 
 def _generation(run: FlowRun) -> int:
@@ -252,6 +272,8 @@ def _request(
         idempotency_key=_identity.idempotency_key(spec.lineage.run_id, child.key, child.generation),
         parent_run_id=spec.lineage.run_id,
         tracking_key=f"{child.key}:{child.generation}",
+        tracking_id=child.new_tracking_id(),
+        is_linked=not detached,
         task_inputs=spec.task_inputs,
         scheduled_time=spec.scheduled_time if deployment is not None else None,
         work_queue_name=spec.work_queue_name,

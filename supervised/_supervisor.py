@@ -299,6 +299,10 @@ class Supervisor:
         """Whether the body called plain `run_deployment`."""
         return _compat.plain_launches(self._context)
 
+    def owns(self, child: Child[Any]) -> bool:
+        """Whether this scope spawned the child."""
+        return any(each is child for each in self._registry.all())
+
     @property
     def is_own_process(self) -> bool:
         """Whether this is the process of the run, and not a fork of it."""
@@ -473,6 +477,10 @@ class Supervisor:
             message=f"sibling '{child.name}' {child.outcome}: {_one_line(what)}",
             child=child.name,
         )
+        if child.span is not None:
+            for sibling in self._registry.live():
+                if sibling.span is not None:
+                    sibling.span.cancelled_by(child.span)
         self.begin_teardown("failed", reason)
         if not child.delivered:
             self.body.interrupt()
@@ -512,12 +520,10 @@ class Supervisor:
                 "Spawn a deployment to detach it."
             )
         child.detach_requested = True
-        run_id = child.flow_run_id
-        if run_id is None or self._plane is None:
+        run = child.flow_run
+        if run is None or self._plane is None:
             return  # as soon as it has a run
-        self._plane.submit(
-            lambda services: services.api.update_labels(run_id, {_identity.DETACHED: True})
-        )
+        self._plane.submit(lambda services: services.api.cut_loose(run, {_identity.DETACHED: True}))
         child.settle("detached")
 
     # -- the run's own end -----------------------------------------------------------------------
@@ -579,6 +585,8 @@ class Supervisor:
             self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
         vouched = {r.flow_run_id for r in report.receipts if r.status in {"cancelled", "forced"}}
         for child in self._registry.live():
+            if child.detach_requested:
+                continue  # it is still being launched
             child.settle("cancelled" if child.flow_run_id in vouched else "abandoned")
 
     async def _recheck(

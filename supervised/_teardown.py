@@ -38,6 +38,7 @@ _READ_SECONDS = 0.4
 _SWEEP_SECONDS = 1.5
 _REQUEST_SECONDS = 8.0
 _FOREIGN_SECONDS = 2.0
+_ASKING_SECONDS = 5.0
 
 
 @attrs.define(kw_only=True)
@@ -136,8 +137,10 @@ class Teardown:
 
     async def run(self) -> TeardownReport:
         """Tear down, and return what became of every run."""
-        with anyio.move_on_after(self._budget.total) as scope:
-            await self._work()
+        with anyio.move_on_after(max(self._budget.total, _ASKING_SECONDS)):
+            await self._ask()  # whatever the grace: it is for waiting
+        with anyio.move_on_after(self._budget.total - self._elapsed) as scope:
+            await self._wait()
         if scope.cancelled_caught:
             await self._last_look()
         report = self._report()
@@ -145,11 +148,13 @@ class Teardown:
             self._span.end(report)
         return report
 
-    async def _work(self) -> None:
+    async def _ask(self) -> None:
         self._take_children()
         await self._request()
         await self._discover()
         await self._request()
+
+    async def _wait(self) -> None:
         if self._delegate_to is not None:
             await self._wait_for_inline()
             return

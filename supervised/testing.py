@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 import httpx
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,7 @@ __all__ = ["LocalServer", "local_server", "running"]
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 15.0
+_DRAIN_SECONDS = 10
 
 
 @attrs.frozen
@@ -89,7 +92,12 @@ def local_server(
             running([*command, "--host", "127.0.0.1", "--port", str(port)], env=env, log=log)
         )
         _wait_until_healthy(url, process, log, progress)
-        yield LocalServer(url, home, env)
+        try:
+            yield LocalServer(url, home, env)
+        finally:
+            # What this process has still to send would else be retried for a minute at exit.
+            APILogWorker.drain_all(timeout=_DRAIN_SECONDS)
+            EventsWorker.drain_all(timeout=_DRAIN_SECONDS)
 
 
 @contextlib.contextmanager

@@ -25,8 +25,6 @@ from prefect.settings import (
     PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
     temporary_settings,
 )
-from prefect.events.worker import EventsWorker
-from prefect.logging.handlers import APILogWorker
 from support.world import FLOWS, World, eventually
 
 from supervised.testing import LocalServer, local_server, running
@@ -50,8 +48,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
         }
         with temporary_settings(settings):
             yield started
-            APILogWorker.drain_all()
-            EventsWorker.drain_all()
 
 
 @pytest.fixture(scope="session")

@@ -719,3 +719,63 @@ def test_a_body_that_blocks_its_loop_does_not_stop_supervision():
         asyncio.run(parent())
     assert seen["heard"]
     assert seen["child"].outcome == "cancelled"
+
+
+def test_a_failure_that_was_only_waited_for_is_raised_all_the_same():
+    @supervised_flow(on_child_failure="wait")
+    async def parent():
+        child = supervisor.spawn(broken)
+        await child.wait_async()
+
+    with pytest.raises(ExceptionGroup):
+        asyncio.run(parent())
+
+
+def test_a_child_can_be_waited_for_by_a_task_before_it_has_a_run():
+    @task
+    def add(x, y):
+        return x + y
+
+    @supervised_flow
+    def parent():
+        child = supervisor.spawn(triple, {"x": 1})
+        return add.submit(child, 1).result()
+
+    assert parent() == 4
+
+
+def test_with_no_grace_the_children_are_asked_all_the_same():
+    seen = {}
+
+    @supervised_flow(grace_seconds=0)
+    async def parent():
+        child = seen["child"] = supervisor.spawn(forever)
+        await running(child)
+        seen["run"] = own_run_id()
+        raise KeyError("body")
+
+    with pytest.raises((KeyError, ExceptionGroup)):
+        asyncio.run(parent())
+    assert seen["child"].cancel_reason.source == "parent_failed"
+    assert [run.state_name for run in runs_below(seen["run"])] == ["Cancelled"]
+
+
+def test_a_key_that_an_earlier_attempt_used_up_gets_a_new_generation():
+    """As after a suspend: the same run, from the top, and the server counts no new attempt."""
+    seen = []
+
+    @supervised_flow
+    async def parent():
+        scope = supervised._context.current_supervisor.get()
+        first = scope.spawn(double, {"x": 1}, key="a")
+        await first
+        again = supervised._supervisor.Supervisor(scope._options, scope.flow, scope._context)
+        second = again.spawn(double, {"x": 1}, key="a")
+        await second
+        again.close("completed", None)
+        seen.extend([first, second])
+
+    asyncio.run(parent())
+    first, second = seen
+    assert first.flow_run_id != second.flow_run_id
+    assert (first.generation, second.generation) == (0, 1)

@@ -25,9 +25,11 @@ def current(variable, value):
         variable.reset(token)
 
 
-def a_supervisor(*, is_ending=False):
+def a_supervisor(*, is_ending=False, children=("part",)):
     """What `cancelled` and the proxy ask of a supervisor."""
-    return SimpleNamespace(is_ending=is_ending, children=("part",))
+    return SimpleNamespace(
+        is_ending=is_ending, children=children, owns=lambda child: child in children
+    )
 
 
 # -- the proxy ----------------------------------------------------------------------------------
@@ -90,9 +92,12 @@ def test_an_inline_child_is_to_stop_once_its_cancellation_was_asked_for(make_chi
         assert cancelled()
 
 
-def test_an_inline_child_is_to_stop_with_the_scope_it_belongs_to(make_child):
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_child_is_to_stop_with_a_scope_of_its_own_but_its_parents_has_to_ask(make_child, is_own):
+    child = make_child(kind="inline")
+    children = () if is_own else (child,)
     with (
-        current(current_child, make_child(kind="inline")),
-        current(current_supervisor, a_supervisor(is_ending=True)),
+        current(current_child, child),
+        current(current_supervisor, a_supervisor(is_ending=True, children=children)),
     ):
-        assert cancelled()
+        assert is_own is cancelled()
