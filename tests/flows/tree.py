@@ -87,6 +87,9 @@ async def _body(folder: str, children: list[str]) -> None:
             supervisor.spawn(inline_leaf, {"folder": folder, "part": part})
         elif target == "plain":
             await run_deployment("leaf/test", parameters=_leaf(folder, part), timeout=0)
+        elif target == "detached":
+            parameters = _leaf(folder, part)
+            supervisor.spawn("leaf/test", parameters, on_parent="detach")
         elif target == "task":
             spawn_in_task(folder, part)
         else:

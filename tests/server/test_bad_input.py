@@ -172,7 +172,7 @@ def test_a_failed_launch_that_nobody_awaits_fails_the_parent(server):
         supervisor.spawn("nobody/home")
         await asyncio.sleep(3600)
 
-    with pytest.raises(BaseException) as caught:  # noqa: PT011 - a group on every Python
+    with pytest.raises(BaseException) as caught:
         asyncio.run(parent())
     (error,) = caught.value.exceptions
     assert isinstance(error, DeploymentNotFoundError)

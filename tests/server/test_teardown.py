@@ -102,6 +102,22 @@ def test_a_mixed_tree_goes_whole(deployed: World) -> None:
     assert states_below(deployed, root.id) == {"Cancelled"}
 
 
+def test_a_detached_child_is_left_alone(deployed: World) -> None:
+    root = deployed.start("root/test", children=["detached", "leaf/test"])
+    deployed.wait_for_start(3)
+    (attached,) = deployed.tree(root.id)[1:]  # no link, or the server's cascade would end it
+    deployed.cancel(root.id)
+    eventually(lambda: deployed.is_over(root.id), seconds=SOON, what="the tree is over")
+    eventually(lambda: len(deployed.alive()) == 1, seconds=SOON, what="one process is left")
+    (detached,) = (deployed.run(run_id) for run_id in deployed.alive())
+    assert detached.id != attached.id
+    assert detached.state.is_running()
+    assert detached.labels["supervised.parent"] == str(root.id)
+    deployed.tell("finish-0")
+    eventually(lambda: not deployed.alive(), seconds=SOON, what="it ends by itself")
+    assert deployed.run(detached.id).state.is_completed()
+
+
 def test_children_that_were_starting_are_closed(deployed: World) -> None:
     """A run that is cancelled while its process starts is left in `Cancelling` by Prefect."""
     root = deployed.start("root/test", children=LEAVES)

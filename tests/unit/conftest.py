@@ -30,7 +30,7 @@ def _make_child(**overrides):
 
 
 async def _until(question):
-    while not question():  # noqa: ASYNC110 - what is asked sets no event
+    while not question():
         await asyncio.sleep(0)
 
 
