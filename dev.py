@@ -57,7 +57,7 @@ def pytest_options(rest: list[str]) -> list[str]:
 
 def check() -> int:
     tools = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["codespell"])
-    tools += (["mypy"], ["pyright"])
+    tools += (["mypy"], ["pyright", "--pythonpath", str(PYTHON)])
     results = []
     for tool in tools:
         say(f"-- {' '.join(tool)}")

@@ -32,7 +32,7 @@ from supervised.testing import local_server, running
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
-from support.world import World, eventually
+from support.world import World, eventually  # noqa: E402
 
 LEAVES = ["leaf/test"] * 4
 MIDS = ["mid/test"] * 2

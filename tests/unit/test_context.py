@@ -45,7 +45,7 @@ def test_inside_the_proxy_is_the_current_supervisor():
     with current(current_supervisor, a_supervisor()):
         assert supervisor.children == ("part",)
         with pytest.raises(AttributeError, match="nonsense"):
-            supervisor.nonsense
+            supervisor.nonsense  # noqa: B018
 
 
 def test_the_innermost_supervisor_is_current():

@@ -67,7 +67,7 @@ def test_the_version_is_that_of_the_distribution():
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'supervised' has no attribute 'nursery'"):
-        supervised.nursery
+        supervised.nursery  # noqa: B018
 
 
 # -- the tree of exceptions ---------------------------------------------------------------------
