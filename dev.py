@@ -56,7 +56,7 @@ def pytest_options(rest: list[str]) -> list[str]:
 
 
 def check() -> int:
-    tools = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["codespell"])
+    tools = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["codespell_lib"])
     tools += (["mypy"], ["pyright", "--pythonpath", str(PYTHON)])
     results = []
     for tool in tools:
