@@ -75,10 +75,12 @@ class Child(PrefectFuture[R], Generic[R]):
         target: str,
         on_parent: Mapping[Cause, Action],
         on_done: Callable[[Child[Any]], None],
+        on_settled: Callable[[Child[Any]], None] = lambda _: None,
         ask_cancel: Callable[[Child[Any], CancelReason], None],
         ask_detach: Callable[[Child[Any]], None],
         timeout_seconds: float | None = None,
         run_name: str | None = None,
+        home_loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self.name = name
         self.kind: Kind = kind
@@ -92,6 +94,7 @@ class Child(PrefectFuture[R], Generic[R]):
         self._done = threading.Event()
         self._callbacks: list[Callable[[Child[R]], None]] = []
         self._on_done = on_done
+        self._on_settled = on_settled
         self._ask_cancel = ask_cancel
         self._ask_detach = ask_detach
         self._flow_run: FlowRun | None = None
@@ -114,7 +117,7 @@ class Child(PrefectFuture[R], Generic[R]):
         # Set for children that run in this process: asks the running code to stop.
         self.interrupt: Callable[..., None] | None = None
         # The loop an inline async child runs in; waiting there synchronously would deadlock.
-        self.home_loop: asyncio.AbstractEventLoop | None = None
+        self.home_loop = home_loop
 
     def __repr__(self) -> str:
         run = f" {self.flow_run_id}" if self.flow_run_id else ""
@@ -367,8 +370,10 @@ class Child(PrefectFuture[R], Generic[R]):
         for callback in callbacks:
             try:
                 callback(self)
-            except Exception:
+            except BaseException:  # even SystemExit must not end the control plane
                 logger.exception("A done callback of child %r raised", self.name)
+        # Only now, so that a callback which spawns does so while the scope still waits.
+        self._on_settled(self)
         return True
 
     def error(self, cause: BaseException | None = None) -> BaseException:

@@ -12,6 +12,7 @@ from prefect.flows import Flow, flow
 from typing_extensions import ParamSpec
 
 from supervised import _scope
+from supervised._context import current_supervisor
 from supervised._hooks import HOOK_OPTIONS, normalise_hook, normalise_hooks
 from supervised._policy import check_seconds, resolve_on_parent
 from supervised._supervisor import Supervisor
@@ -196,6 +197,9 @@ def _open(options: ScopeOptions) -> Supervisor | None:
     context = FlowRunContext.get()
     if context is None or context.flow_run is None or context.flow is None:
         return None
+    current = current_supervisor.get()
+    if current is not None and current.flow_run_id == context.flow_run.id:
+        return None  # `flow.fn(...)`, called within a scope of this very run
     return Supervisor(options, context.flow, context)
 
 

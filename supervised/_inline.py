@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from prefect.flows import Flow
 
     from supervised._child import Child
+
+logger = logging.getLogger("prefect.supervised.inline")
 
 
 class InlineRun:
@@ -171,7 +174,13 @@ class InlineRun:
     def _guard_sync(self, flow: Flow[..., Any]) -> Callable[..., Any]:
         @functools.wraps(flow.fn)
         def body(*args: Any, **kwargs: Any) -> Any:
-            result = None if self._begins_cancelled() else flow.fn(*args, **kwargs)
+            try:
+                result = None if self._begins_cancelled() else flow.fn(*args, **kwargs)
+            except Exception:
+                if self._child.cancel_reason is None:
+                    raise
+                logger.debug("%r raised while it was being cancelled", flow.name, exc_info=True)
+                result = None
             if self._child.cancel_reason is None:
                 return result
             _compat.run_coroutine(run_cancellation_hooks(flow, self._run, self._message()))
@@ -219,7 +228,7 @@ class InlineRun:
 
 def _own_timeout(flow: Flow[..., Any], started: float) -> bool:
     limit = flow.timeout_seconds
-    return limit is not None and time.monotonic() - started >= limit * 0.95
+    return limit is not None and time.monotonic() - started >= limit - min(0.25, limit / 10)
 
 
 def uncancel() -> None:

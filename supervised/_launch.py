@@ -162,6 +162,9 @@ class Launcher:
         if slots is None:
             return
         child.is_queued = True
+        if child.cancel_reason is not None:
+            child.settle("cancelled")
+            return
         await slots.acquire()
         child.is_queued = False
         child.when_over(lambda: self._call_soon(slots.release))

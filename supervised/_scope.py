@@ -48,7 +48,7 @@ def run_sync(supervisor: Supervisor, body: Callable[[], Any]) -> Any:
             if not _needs_ending(supervisor, exc):
                 raise
             return _leave_sync(supervisor, None, exc)
-        if not supervisor.is_engaged:
+        if supervisor.close_if_unused():
             return result
         return _leave_sync(supervisor, result, None)
 
@@ -65,7 +65,7 @@ async def run_async(supervisor: Supervisor, body: Callable[[], Awaitable[Any]]) 
             if not _needs_ending(supervisor, exc):
                 raise
             return await _leave_async(supervisor, None, exc)
-        if not supervisor.is_engaged:
+        if supervisor.close_if_unused():
             return result
         return await _leave_async(supervisor, result, None)
 
@@ -95,7 +95,7 @@ def run_generator(
                 else:
                     resume = _sender(generator, sent)
         except StopIteration as stop:
-            if not supervisor.is_engaged:
+            if supervisor.close_if_unused():
                 return stop.value
             return _leave_sync(supervisor, stop.value, None)
         except BaseException as exc:
@@ -127,7 +127,7 @@ async def run_async_generator(
                 else:
                     resume = _async_sender(generator, sent)
         except StopAsyncIteration:
-            if supervisor.is_engaged:
+            if not supervisor.close_if_unused():
                 await _leave_async(supervisor, None, None)
         except BaseException as exc:
             if not _needs_ending(supervisor, exc):
@@ -331,6 +331,8 @@ def _conclude_sync(leaving: _Exit, result: Any) -> Any:
 
 async def _conclude_async(leaving: _Exit, result: Any) -> Any:
     verdict = _judge(leaving, result)
+    if leaving.supervisor.body.was_interrupted and verdict.answers_interrupt:
+        _inline.uncancel()
     stopped = leaving.supervisor.close(_outcome(leaving), verdict.raised)
     if stopped is not None:
         await _wait_shielded(leaving, stopped, time.monotonic() + _CLOSE_SECONDS)
@@ -360,6 +362,11 @@ class _Verdict:
     def raised(self) -> BaseException | None:
         """What stands on the span: a cancellation is no error."""
         return self.exc if isinstance(self.exc, Exception) else None
+
+    @property
+    def answers_interrupt(self) -> bool:
+        """Whether a cancellation ends here, in a state or an ordinary exception."""
+        return self.exc is None or isinstance(self.exc, Exception)
 
     def unwrap(self) -> Any:
         if self.cancelled is not None:

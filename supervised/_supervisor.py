@@ -110,6 +110,7 @@ class Supervisor:
         self.lineage = self._find_lineage()
         self.failures: list[Child[Any]] = []
         self.own_cancellation: str | None = None
+        self._closed = False
         self.body = Body()
 
     # -- what users see ---------------------------------------------------------------------
@@ -236,10 +237,12 @@ class Supervisor:
                 target=label,
                 on_parent=policy,
                 on_done=self._on_child_done,
+                on_settled=self._registry.finished,
                 ask_cancel=self._cancel_child,
                 ask_detach=self._detach_child,
                 timeout_seconds=timeout_seconds,
                 run_name=name,
+                home_loop=self._loop_of(checked),
             )
 
         work = _identity.default_key(label, given)
@@ -349,11 +352,20 @@ class Supervisor:
         """Return a future that is done once no child is live, or a teardown has begun."""
         return self._registry.when_settled()
 
+    def close_if_unused(self) -> bool:
+        """End a scope in which nothing was spawned; false if there is something to end."""
+        with self._lock:
+            if self._plane is not None or self._registry.all():
+                return False
+            self._registry.ban("the flow has ended")
+            return True
+
     def close(
         self, outcome: Cause, raised: BaseException | None
     ) -> concurrent.futures.Future[None] | None:
         """End the scope; the last one of the process gets the future of the plane's end."""
         self._registry.ban("the flow has ended")
+        self._closed = True
         with self._lock:
             plane = self._plane
         if plane is None:
@@ -468,7 +480,6 @@ class Supervisor:
                 self.failures.append(child)
             if self._options.on_child_failure == "cancel_siblings" and self._ending is None:
                 self._fail_with(child)
-        self._registry.finished(child)
 
     def _fail_with(self, child: Child[Any]) -> None:
         what = child.error(child.exception)
@@ -490,6 +501,9 @@ class Supervisor:
             return
         if child.interrupt is not None:
             child.interrupt()
+        for inner in list(self.nested):
+            if inner.flow_run_id == child.flow_run_id and inner.is_engaged:
+                inner.begin_teardown("cancelled", reason)
         if self._plane is not None:
             self._plane.submit(lambda services: self._cancel_run(services, child))
 
@@ -539,7 +553,7 @@ class Supervisor:
         state = run.state
         if state is None or not (state.is_cancelling() or state.is_cancelled()):
             return
-        if self.own_cancellation is not None or not self.body.is_running:
+        if self.own_cancellation is not None or self._closed:
             return
         self.own_cancellation = state.message or "its run was set to Cancelling"
         self._delegate_to = self._covered_by(state)
@@ -615,6 +629,10 @@ class Supervisor:
     @property
     def _logger(self) -> Any:
         return flow_run_logger(self._run, self._flow)
+
+    def _loop_of(self, target: Flow[..., Any] | str | UUID) -> asyncio.AbstractEventLoop | None:
+        """Return the loop that an inline child needs, and that must not wait for it."""
+        return self.body.loop if isinstance(target, Flow) and target.isasync else None
 
     def _find_lineage(self) -> _identity.Lineage:
         if self.outer is not None and _identity.PATH not in self._run.labels:

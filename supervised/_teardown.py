@@ -59,6 +59,7 @@ class _Target:
     error: str = ""
     found: float = attrs.field(factory=time.monotonic)
     ancestors: tuple[str, ...] = ()
+    was_read: bool = False  # since it was asked: what is known from before proves nothing
 
     @property
     def run_id(self) -> UUID | None:
@@ -78,7 +79,8 @@ class _Target:
     @property
     def never_ran(self) -> bool:
         """Whether the server has never seen it `Running`, and so will refuse to let it."""
-        return self.run is not None and self.run.start_time is None
+        run = self.run
+        return self.was_read and run is not None and run.start_time is None
 
 
 class Teardown:
@@ -128,6 +130,7 @@ class Teardown:
         self._targets: dict[object, _Target] = {}
         self._spared: set[UUID] = set()
         self._read_cost = 0.0
+        self._search_error = ""
         self._started = time.monotonic()
         self._started_at = now("UTC")
 
@@ -212,14 +215,16 @@ class Teardown:
         self._take_children()
         await self._discover()
         await self._request()
-        return len(self._targets) > known or bool(self._pending())
+        return len(self._targets) > known or bool(self._pending() or self._search_error)
 
     async def _discover(self) -> None:
         """Find the live runs of all levels: ours by tag, everybody else's by parent link."""
         try:
             await self._discover_tagged()
             await self._discover_linked()
-        except Exception:
+            self._search_error = ""
+        except Exception as exc:
+            self._search_error = repr(exc)
             logger.warning("Could not search the tree of %s; trying again", self._lineage.run_id)
             logger.debug("Searching failed", exc_info=True)
 
@@ -245,6 +250,8 @@ class Teardown:
         while frontier := frontier - self._spared:
             found = await self._api.read_children(frontier)
             for run in found:
+                if run.labels.get(_identity.DETACHED):
+                    self._spared.add(run.id)
                 if run.id not in seen and run.state is not None and not run.state.is_final():
                     self._take_run(run, depth=depth)
             frontier = {run.id for run in found} - seen
@@ -340,6 +347,7 @@ class Teardown:
             for target in self._targets.values():
                 if target.run_id == run.id and run.state is not None:
                     target.run = run
+                    target.was_read |= target.requested is not None
                     self._update(target, run.state)
 
     def _update(self, target: _Target, state: State[Any]) -> None:
@@ -458,6 +466,16 @@ class Teardown:
             for child in self._children()
             if child.outcome == "detached"
         ]
+        if self._search_error:
+            receipts.append(
+                Receipt(
+                    name="(what lies below)",
+                    flow_run_id=self._top,
+                    status="unverified",
+                    reason=f"the tree could not be searched: {self._search_error}",
+                    depth=0,
+                )
+            )
         return TeardownReport(
             flow_name=self._flow_name,
             flow_run_id=self._lineage.run_id,

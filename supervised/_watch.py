@@ -122,8 +122,9 @@ class Watcher:
     async def _stream(self, resources: list[str], scope: anyio.CancelScope) -> None:
         try:
             async with self._api.subscribe(resources) as events:
-                self._connected = True
                 async for event in events:
+                    # Not before: a server may accept the subscription and never send.
+                    self._connected = True
                     self._on_event(event)
             logger.debug("The event stream ended; polling until it is back")
         except Exception:

@@ -779,3 +779,51 @@ def test_a_key_that_an_earlier_attempt_used_up_gets_a_new_generation():
     first, second = seen
     assert first.flow_run_id != second.flow_run_id
     assert (first.generation, second.generation) == (0, 1)
+
+
+def test_a_cancellation_is_heard_after_the_body_has_returned():
+    """The commonest shape: spawn, return, and let the scope wait."""
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        child = seen["child"] = supervisor.spawn(forever)
+        await running(child)
+        threading.Timer(0.5, contextvars.copy_context().run, (cancel_run, own_run_id())).start()
+
+    with pytest.raises(CancelledRun):
+        asyncio.run(parent())
+    assert seen["child"].outcome == "cancelled"
+
+
+def test_waiting_synchronously_is_refused_from_the_first_moment():
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn(double, {"x": 1})
+        with pytest.raises(RuntimeError, match="await child"):
+            child.result()
+        return await child
+
+    assert asyncio.run(parent()) == 2
+
+
+def test_a_callback_that_exits_does_not_take_supervision_along():
+    @supervised_flow
+    async def parent():
+        first = supervisor.spawn(double, {"x": 1})
+        first.add_done_callback(lambda _: sys.exit(3))
+        return await first + await supervisor.spawn(double, {"x": 2})
+
+    assert asyncio.run(parent()) == 6
+
+
+def test_nothing_can_be_spawned_after_the_flow_is_over():
+    seen = {}
+
+    @supervised_flow
+    async def parent():
+        seen["scope"] = supervised._context.current_supervisor.get()
+
+    asyncio.run(parent())
+    with pytest.raises(ScopeClosedError, match="has ended"):
+        seen["scope"].spawn(double, {"x": 1})
