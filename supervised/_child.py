@@ -477,6 +477,10 @@ class Child(PrefectFuture[R], Generic[R]):
     def _has_stored_exception(self) -> bool:
         return self._state is not None and self._state.is_failed() and self._state.data is not None
 
+    def describe_end(self) -> str:
+        """Return how the child ended, in one line and without its name."""
+        return self._describe(self._exception).splitlines()[0]
+
     def _describe(self, cause: BaseException | None) -> str:
         state = self.state
         if self._outcome in {"cancelled", "abandoned"}:

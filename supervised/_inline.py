@@ -10,6 +10,7 @@ import inspect
 import logging
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from prefect.context import FlowRunContext
@@ -17,7 +18,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Cancelling
 
-from supervised import _compat
+from supervised import _compat, _telemetry
 from supervised._context import current_child
 from supervised._policy import outcome_of
 
@@ -107,9 +108,10 @@ class InlineRun:
     async def _run_in_loop(self) -> None:
         current_child.set(self._child)
         try:
-            state: State[Any] = await _compat.run_flow_inline(
-                self._flow, self._run, self._parameters
-            )
+            with self._in_span():
+                state: State[Any] = await _compat.run_flow_inline(
+                    self._flow, self._run, self._parameters
+                )
         except BaseException as exc:
             self._ended_by(exc)
             if isinstance(exc, Exception):
@@ -133,11 +135,17 @@ class InlineRun:
     def _run_sync(self) -> None:
         current_child.set(self._child)
         try:
-            state: State[Any] = _compat.run_flow_inline(self._flow, self._run, self._parameters)
+            with self._in_span():
+                state: State[Any] = _compat.run_flow_inline(self._flow, self._run, self._parameters)
         except BaseException as exc:
             self._ended_by(exc)
             return
         asyncio.run(self._ended(state))
+
+    def _in_span(self) -> AbstractContextManager[None]:
+        """Make the child's span current: with Prefect's telemetry off nobody else does."""
+        span = self._child.span
+        return _telemetry.within(span.span) if span is not None else nullcontext()
 
     async def _ended(self, state: State[Any]) -> None:
         outcome = outcome_of(state, asked=self._child.cancel_reason is not None)

@@ -17,7 +17,7 @@ import attrs
 from prefect.exceptions import Abort, CancelledRun, Pause, TerminationSignal
 from prefect.states import Cancelled
 
-from supervised import _compat, _inline
+from supervised import _compat, _inline, _telemetry
 from supervised._context import current_child, current_supervisor
 from supervised._errors import ChildCancelled, ScopeClosedError, TeardownError
 from supervised._policy import parent_reason
@@ -185,7 +185,8 @@ def _entered(supervisor: Supervisor) -> Iterator[None]:
 def _current(supervisor: Supervisor) -> Iterator[None]:
     token = current_supervisor.set(supervisor)
     try:
-        yield
+        with _telemetry.in_trace_of(supervisor.flow_run.labels, _compat.TRACEPARENT_LABEL):
+            yield
     finally:
         current_supervisor.reset(token)
 
@@ -318,7 +319,7 @@ async def _wait_shielded(
 
 def _conclude_sync(leaving: _Exit, result: Any) -> Any:
     verdict = _judge(leaving, result)
-    stopped = leaving.supervisor.close(_outcome(leaving), verdict.raised)
+    stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
     if stopped is not None:
         concurrent.futures.wait([stopped], timeout=_CLOSE_SECONDS)
     if verdict.cancelled is not None and _compat.engine_owns_cancellation():
@@ -333,7 +334,7 @@ async def _conclude_async(leaving: _Exit, result: Any) -> Any:
     verdict = _judge(leaving, result)
     if leaving.supervisor.body.was_interrupted and verdict.answers_interrupt:
         _inline.uncancel()
-    stopped = leaving.supervisor.close(_outcome(leaving), verdict.raised)
+    stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
     if stopped is not None:
         await _wait_shielded(leaving, stopped, time.monotonic() + _CLOSE_SECONDS)
     if verdict.cancelled is not None and _compat.engine_owns_cancellation():
@@ -343,8 +344,10 @@ async def _conclude_async(leaving: _Exit, result: Any) -> Any:
     return verdict.unwrap()
 
 
-def _outcome(leaving: _Exit) -> Cause:
-    return leaving.cause or "completed"
+def _outcome(leaving: _Exit, verdict: _Verdict) -> Cause:
+    cause = leaving.cause or "completed"
+    # A body may return while a child's failure is still to be raised.
+    return "failed" if cause == "completed" and verdict.raised is not None else cause
 
 
 # -- what it comes to ---------------------------------------------------------------------------

@@ -430,6 +430,8 @@ class Supervisor:
         )
         if child.detach_requested:
             self._detach_child(child)
+        elif child.span is not None and set(child.on_parent.values()) == {"detach"}:
+            child.span.end("detached", state=run.state, exception=None, end_ns=time.time_ns())
         self._arm_deadline(child)
         if isinstance(spec.target, Flow):
             parameters = _launch.bind_parameters(spec.target, spec.parameters)
@@ -482,16 +484,13 @@ class Supervisor:
                 self._fail_with(child)
 
     def _fail_with(self, child: Child[Any]) -> None:
-        what = child.error(child.exception)
         reason = CancelReason(
             source="sibling_failed",
-            message=f"sibling '{child.name}' {child.outcome}: {_one_line(what)}",
+            message=f"sibling '{child.name}' {child.describe_end()}",
             child=child.name,
         )
-        if child.span is not None:
-            for sibling in self._registry.live():
-                if sibling.span is not None:
-                    sibling.span.cancelled_by(child.span)
+        if self._span is not None:
+            self._span.culprit = child.span
         self.begin_teardown("failed", reason)
         if not child.delivered:
             self.body.interrupt()

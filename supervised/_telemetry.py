@@ -115,6 +115,19 @@ def current_context(labels: Mapping[str, Any], label_key: str) -> Context:
 
 
 @contextlib.contextmanager
+def in_trace_of(labels: Mapping[str, Any], label_key: str) -> Iterator[None]:
+    """Continue the trace that a run's labels name, unless a span is current already."""
+    if label_key not in labels or trace.get_current_span().get_span_context().is_valid:
+        yield
+        return
+    token = attach(current_context(labels, label_key))
+    try:
+        yield
+    finally:
+        detach(token)
+
+
+@contextlib.contextmanager
 def unobserved() -> Iterator[None]:
     """Keep an HTTP instrumentation from adding a span for each poll."""
     token = attach(set_value("suppress_instrumentation", True))
@@ -146,6 +159,7 @@ class SupervisorSpan:
         start_ns: int,
     ) -> None:
         self._counts: dict[str, int] = {}
+        self.culprit: ChildSpan | None = None  # the child whose failure ends the others
         self.span = _start(
             f"supervise {flow_name}",
             context=context,
@@ -220,6 +234,8 @@ class ChildSpan:
             start_time=start_ns,
         )
         self._ended = False
+        self._has_run = False
+        self._asked_because: str | None = None
         parent.count("spawned")
         _active.add(1, {"supervised.child.kind": kind})
 
@@ -244,24 +260,34 @@ class ChildSpan:
     @_harmless
     def running(self) -> None:
         """Record that the run began."""
-        self.span.add_event("supervised.child.running")
+        if not (self._has_run or self._ended):  # reads may overtake each other
+            self._has_run = True
+            self.span.add_event("supervised.child.running")
 
     @_harmless
     def cancel_requested(self, reason: CancelReason) -> None:
         """Record who asked for the cancellation, and why."""
+        if self._ended:  # detached: its span told of the handing over
+            return
+        self._asked_because = reason.message
         self.span.set_attribute("supervised.cancel.source", reason.source)
         self.span.add_event(
             "supervised.cancel.requested", {"source": reason.source, "reason": reason.message}
         )
+        if reason.source == "sibling_failed" and self._parent.culprit is not None:
+            self.cancelled_by(self._parent.culprit)
 
     @_harmless
     def cancel_acknowledged(self) -> None:
         """Record that the server accepted the request."""
-        self.span.add_event("supervised.cancel.acknowledged")
+        if not self._ended:
+            self.span.add_event("supervised.cancel.acknowledged")
 
     @_harmless
     def escalated(self, step: str, waited_seconds: float) -> None:
         """Record a step beyond the first request."""
+        if self._ended:
+            return
         self.span.set_attribute("supervised.escalated", True)
         self.span.add_event(
             "supervised.teardown.escalated", {"to": step, "waited_s": round(waited_seconds, 3)}
@@ -324,7 +350,8 @@ class ChildSpan:
         if exception is not None:
             with contextlib.suppress(Exception):
                 self.span.record_exception(exception)
-        message = _text(exception) or (state.message if state else None) or outcome
+        stated = state.message if state else None
+        message = _text(exception) or stated or self._asked_because or outcome
         self.span.set_status(Status(StatusCode.ERROR, message[:256]))
 
 
