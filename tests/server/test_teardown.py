@@ -20,6 +20,13 @@ def states_below(world: World, root: UUID) -> set[str]:
     return {str(run.state_name) for run in world.tree(root)[1:]}
 
 
+def assert_cancelled_below(world: World, root: UUID) -> None:
+    """Under load a runner may record `Crashed` first: its notice to the child took over 1 s."""
+    eventually(
+        lambda: states_below(world, root) <= {"Cancelled"}, seconds=SOON, what="all are Cancelled"
+    )
+
+
 LEAVES = ["leaf/test"] * 4
 
 
@@ -30,7 +37,7 @@ def test_cancelling_a_parent_cancels_its_children(deployed: World, kind: str) ->
     deployed.cancel(root.id)
     assert_all_gone(deployed, root.id)
     assert deployed.run(root.id).state_name == "Cancelled"
-    assert states_below(deployed, root.id) == {"Cancelled"}
+    assert_cancelled_below(deployed, root.id)
 
 
 @pytest.mark.parametrize("kind", ["root", "root-sync"])
@@ -42,7 +49,7 @@ def test_a_body_that_raises_takes_its_children_along(deployed: World, kind: str)
     state = deployed.run(root.id).state
     assert state.is_failed()
     assert "ValueError: the body failed" in state.message
-    assert states_below(deployed, root.id) == {"Cancelled"}
+    assert_cancelled_below(deployed, root.id)
 
 
 @pytest.mark.parametrize("kind", ["root", "root-sync"])
@@ -52,7 +59,7 @@ def test_a_terminated_parent_takes_its_children_along(deployed: World, kind: str
     os.kill(deployed.pids()[str(root.id)], signal.SIGTERM)
     assert_all_gone(deployed, root.id)
     assert deployed.run(root.id).state.is_crashed()
-    assert states_below(deployed, root.id) == {"Cancelled"}
+    assert_cancelled_below(deployed, root.id)
 
 
 @pytest.mark.parametrize("kind", ["root-timeout", "root-sync-timeout"])
@@ -62,7 +69,7 @@ def test_a_parent_that_times_out_takes_its_children_along(deployed: World, kind:
     eventually(lambda: not deployed.alive(), seconds=25 + SOON, what="all processes are gone")
     assert_all_gone(deployed, root.id)
     assert deployed.run(root.id).state_name == "TimedOut"
-    assert states_below(deployed, root.id) == {"Cancelled"}
+    assert_cancelled_below(deployed, root.id)
 
 
 def test_a_failed_child_takes_its_siblings_and_its_parent_along(deployed: World) -> None:
@@ -81,7 +88,7 @@ def test_two_levels_go_at_once(deployed: World) -> None:
     deployed.wait_for_start(9)
     deployed.cancel(root.id)
     assert_all_gone(deployed, root.id)
-    assert states_below(deployed, root.id) == {"Cancelled"}
+    assert_cancelled_below(deployed, root.id)
 
 
 def test_three_levels_go_at_once(deployed: World) -> None:
@@ -89,7 +96,7 @@ def test_three_levels_go_at_once(deployed: World) -> None:
     deployed.wait_for_start(6)
     deployed.cancel(root.id)
     assert_all_gone(deployed, root.id)
-    assert states_below(deployed, root.id) == {"Cancelled"}
+    assert_cancelled_below(deployed, root.id)
 
 
 def test_a_mixed_tree_goes_whole(deployed: World) -> None:
@@ -99,7 +106,7 @@ def test_a_mixed_tree_goes_whole(deployed: World) -> None:
     deployed.wait_for_start(1 + 3 + 4 + 1 + 1)
     deployed.cancel(root.id)
     assert_all_gone(deployed, root.id)
-    assert states_below(deployed, root.id) == {"Cancelled"}
+    assert_cancelled_below(deployed, root.id)
 
 
 def test_a_detached_child_is_left_alone(deployed: World) -> None:
@@ -129,7 +136,7 @@ def test_children_that_were_starting_are_closed(deployed: World) -> None:
     )
     deployed.cancel(root.id)
     assert_all_gone(deployed, root.id)
-    assert states_below(deployed, root.id) == {"Cancelled"}
+    assert_cancelled_below(deployed, root.id)
 
 
 def test_a_completed_body_waits_for_its_children(deployed: World) -> None:
