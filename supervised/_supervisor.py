@@ -656,10 +656,6 @@ class Supervisor:
             )
 
 
-def _one_line(exc: BaseException) -> str:
-    return str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-
-
 def _task_inputs(parameters: Mapping[str, Any], flow_run_id: UUID) -> dict[str, Any]:
     """Return what links the child to upstream tasks, as `run_deployment` records it."""
     inputs: dict[str, Any] = {
