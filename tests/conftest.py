@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -78,6 +79,11 @@ def world(server: LocalServer, tmp_path: Path) -> Iterator[World]:
 def deployed(world: World, runner: None) -> World:
     """The world, with the deployments being served."""
     return world
+
+
+def pytest_configure() -> None:
+    """Take SIGTERM like Ctrl-C: whoever ends the tests ends the server and runner with them."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -338,6 +338,7 @@ def test_a_child_cancelled_by_its_handle_is_no_error(evening: Played) -> None:
     assert unneeded.links == ()
 
 
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("scenario", ["day", "night", "evening", "storm", "noon"])
 def test_an_event_of_a_child_happens_once(scenario: str, request: pytest.FixtureRequest) -> None:
     played = request.getfixturevalue(scenario)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 from supervised._child import Child
 from supervised._types import DEFAULT_ON_PARENT
@@ -44,3 +46,10 @@ def until():
 def make_child():
     """A function that builds a child which answers to nobody; keywords override."""
     return _make_child
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_server() -> Iterator[None]:
+    """Tests that ran before may have started a server; nothing here may know of it."""
+    with temporary_settings(restore_defaults={PREFECT_API_URL, PREFECT_UI_URL}):
+        yield

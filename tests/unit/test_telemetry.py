@@ -432,6 +432,7 @@ def test_a_scope_counts_its_children_by_outcome(seen, scope):
         "timed_out": 1,
         "cancelled": 1,
         "abandoned": 1,
+        "detached": 0,
     }
 
 
