@@ -5,7 +5,7 @@ General layout, every module importing only from those below it:
 - `_flow`: `@supervised_flow`, `SupervisedFlow`.
 - `_scope`: what a flow's function is wrapped in: entering, leaving, what to raise.
 - `_supervisor`: `Supervisor`; spawns, hears of the run's end, begins the teardown.
-- `_teardown`, `_launch`, `_watch`: the three things the control plane does.
+- `_teardown`, `_launch`, `_watch`, `_own_run`: what the control plane does.
 - `_inline`, `_body`: code that runs here: a child's, and the flow's own.
 - `_registry`, `_child`: the children of one scope, and the handle of one child.
 - `_api`, `_telemetry`, `_control`: Prefect's client, OpenTelemetry, the thread.

@@ -6,6 +6,8 @@ stream. Every call may be repeated: creations carry keys under which the server 
 
 from __future__ import annotations
 
+import functools
+import time
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import UUID, uuid4
@@ -67,16 +69,28 @@ LIVE_STATES = [
 _PAGE = 200  # the server's maximum for reads
 _BULK = 50  # the server's maximum for bulk_set_state
 _LAUNCH_PATIENCE_SECONDS = 30.0
+_DEPLOYMENT_SECONDS = 10.0  # after which somebody may have paused it, or served another version
 
 
 @attrs.frozen(kw_only=True)
 class Deployment:
-    """What a launch needs to know of a deployment."""
+    """What a launch needs to know of a deployment.
+
+    Args:
+        id: Its id.
+        name: *flow/deployment*.
+        version: Its version.
+        paused: Whether its runs would wait.
+        parameters: The flow's parameters and, where the schema states one, their JSON type.
+        enforces_parameters: Whether a run must fit them.
+    """
 
     id: UUID
     name: str
     version: str | None
     paused: bool
+    parameters: Mapping[str, str | None] = attrs.field(factory=dict)
+    enforces_parameters: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -119,6 +133,7 @@ class RunEvent:
     run_id: UUID
     state_type: StateType
     state_name: str | None = None
+    occurred: datetime | None = None
 
 
 class Orchestrator(Protocol):
@@ -136,7 +151,9 @@ class Orchestrator(Protocol):
 
     async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]: ...
 
-    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]: ...
+    async def read_children(
+        self, parents: Iterable[UUID], *, patiently: bool = False
+    ) -> list[FlowRun]: ...
 
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]: ...
 
@@ -174,7 +191,7 @@ class PrefectOrchestrator:
 
     def __init__(self, client: PrefectClient) -> None:
         self._client = client
-        self._deployments: dict[str | UUID, Deployment] = {}
+        self._deployments: dict[str | UUID, tuple[float, Deployment]] = {}
         self._flow_ids: dict[str, UUID] = {}
         self._lookup = anyio.Lock()
         self._bulk = True
@@ -183,16 +200,19 @@ class PrefectOrchestrator:
         self._one_write = anyio.CapacityLimiter(1)
 
     async def read_deployment(self, target: str | UUID) -> Deployment:
-        """Return a deployment by id or by *flow/deployment* name, looked up once.
+        """Return a deployment by id or by *flow/deployment* name, looked up every few seconds.
 
         Raises:
             DeploymentNotFoundError: If the server has none.
             ServerUnreachableError: If the server did not answer in time.
         """
         async with self._lookup:
-            if target not in self._deployments:
-                self._deployments[target] = await self._patiently(lambda: self._find(target))
-            return self._deployments[target]
+            until, deployment = self._deployments.get(target, (0.0, None))
+            if deployment is None or until < time.monotonic():
+                deployment = await self._patiently(lambda: self._find(target))
+                until = time.monotonic() + _DEPLOYMENT_SECONDS
+                self._deployments[target] = (until, deployment)
+            return deployment
 
     async def _find(self, target: str | UUID) -> Deployment:
         try:
@@ -210,7 +230,14 @@ class PrefectOrchestrator:
         if isinstance(target, UUID):
             flow = await self._client.read_flow(found.flow_id)
             name = f"{flow.name}/{found.name}"
-        return Deployment(id=found.id, name=name, version=found.version, paused=found.paused)
+        return Deployment(
+            id=found.id,
+            name=name,
+            version=found.version,
+            paused=found.paused,
+            parameters=_parameter_types(found.parameter_openapi_schema),
+            enforces_parameters=found.enforce_parameter_schema,
+        )
 
     async def create_deployment_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
         """Create a deployment's run, or return the one that the same key made before.
@@ -329,13 +356,20 @@ class PrefectOrchestrator:
             FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state if live_only else None)
         )
 
-    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]:
-        """Return the direct children of these runs, by Prefect's own parent link."""
+    async def read_children(
+        self, parents: Iterable[UUID], *, patiently: bool = False
+    ) -> list[FlowRun]:
+        """Return the direct children of these runs, by Prefect's own parent link.
+
+        Args:
+            parents: Ids of the runs above.
+            patiently: Wait out a server that cannot be reached, as a launch does.
+        """
         found: list[FlowRun] = []
         for chunk in _chunks(parents, _PAGE):
-            found += await self._read(
-                FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=chunk))
-            )
+            below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=chunk))
+            read = functools.partial(self._read, below)
+            found += await (self._patiently(read) if patiently else read())
         return found
 
     async def _read(self, run_filter: FlowRunFilter) -> list[FlowRun]:
@@ -447,7 +481,10 @@ async def _run_events(events: AsyncIterator[Event]) -> AsyncIterator[RunEvent]:
         if state_type is not None:
             run_id = event.resource.id.removeprefix("prefect.flow-run.")
             yield RunEvent(
-                UUID(run_id), StateType(state_type), event.resource.get("prefect.state-name")
+                UUID(run_id),
+                StateType(state_type),
+                event.resource.get("prefect.state-name"),
+                event.occurred,
             )
 
 
@@ -471,6 +508,18 @@ def _read_acks(run_ids: Sequence[UUID], results: list[dict[str, Any]]) -> list[A
         state = State.model_validate(result["state"]) if result.get("state") else None
         acks.append(Ack(run_id, state, str((result.get("details") or {}).get("reason") or "")))
     return acks
+
+
+def _parameter_types(schema: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """Return the parameters of a schema; the type is missing for `**kwargs`, among others."""
+    properties: Mapping[str, Any] = (schema or {}).get("properties") or {}
+    return {
+        name: next((str(said[word]) for word in _TYPE_WORDS if word in said), None)
+        for name, said in properties.items()
+    }
+
+
+_TYPE_WORDS = ("type", "$ref", "anyOf", "allOf", "oneOf", "enum", "const")
 
 
 def _detail(exc: PrefectHTTPStatusError) -> str:

@@ -53,7 +53,8 @@ class Body:
             return
         with self._lock:
             reachable = self.thread is threading.main_thread() and _compat.has_sigterm_bridge()
-            if reachable and self.is_running and self.thread.ident is not None:
+            reachable = reachable and self.is_running and not self.was_interrupted
+            if reachable and self.thread.ident is not None:
                 self.was_interrupted = True
                 signal.pthread_kill(self.thread.ident, signal.SIGTERM)
 

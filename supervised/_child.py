@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import contextvars
 import logging
 import threading
 import time
@@ -17,7 +19,7 @@ from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
 from supervised import _compat
-from supervised._control import CONTROL_THREAD
+from supervised._control import CONTROL_THREAD, wait_in_slices
 from supervised._errors import (
     ChildCancelled,
     ChildCrashed,
@@ -91,8 +93,8 @@ class Child(PrefectFuture[R], Generic[R]):
         self.timeout_seconds = timeout_seconds
         self.run_name = run_name
         self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._callbacks: list[Callable[[Child[R]], None]] = []
+        self._done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._callbacks: list[tuple[Callable[[Child[R]], None], contextvars.Context]] = []
         self._on_done = on_done
         self._on_settled = on_settled
         self._ask_cancel = ask_cancel
@@ -112,7 +114,7 @@ class Child(PrefectFuture[R], Generic[R]):
         self.ended_at: datetime | None = None
         self.span: _telemetry.ChildSpan | None = None
         self.escalations: list[str] = []
-        self.is_queued = False  # waits for a slot, so the server knows nothing of it
+        self.is_queued = False  # waits for a slot or its time: the server knows nothing of it
         self.detach_requested = False
         # Set for children that run in this process: asks the running code to stop.
         self.interrupt: Callable[..., None] | None = None
@@ -161,6 +163,11 @@ class Child(PrefectFuture[R], Generic[R]):
         """Whether the child has an outcome."""
         return self._outcome is not None
 
+    @property
+    def is_detached(self) -> bool:
+        """Whether nothing that becomes of the parent concerns the child."""
+        return self.detach_requested or set(self.on_parent.values()) == {"detach"}
+
     # -- waiting ----------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> None:
@@ -173,7 +180,7 @@ class Child(PrefectFuture[R], Generic[R]):
             RuntimeError: If called in the event loop that the child itself needs.
         """
         self._refuse_deadlock()
-        self._done.wait(timeout)
+        wait_in_slices(self._done, timeout)
 
     async def wait_async(self, timeout: float | None = None) -> None:
         """Wait in the running event loop until the child is over, whatever its outcome.
@@ -240,10 +247,13 @@ class Child(PrefectFuture[R], Generic[R]):
         return self.aresult().__await__()
 
     def add_done_callback(self, fn: Callable[[Any], None]) -> None:
-        """Call *fn* with this child when it is over, at once if it is; from any thread."""
+        """Call *fn* with this child when it is over, at once if it is; from any thread.
+
+        It is called in a copy of the present context, so that it may use `supervisor`.
+        """
         with self._lock:
             if not self.is_over:
-                self._callbacks.append(fn)
+                self._callbacks.append((fn, contextvars.copy_context()))
                 return
         fn(self)
 
@@ -300,8 +310,8 @@ class Child(PrefectFuture[R], Generic[R]):
             self.span.created(str(flow_run.id))
 
     def observe(self, state: State[Any]) -> None:
-        """Record a state that does not end the child."""
-        if self.is_over:
+        """Record a state that does not end the child, unless a later one is known."""
+        if self.is_over or (self._state is not None and state.timestamp < self._state.timestamp):
             return
         was_running = self._state is not None and self._state.is_running()
         self._state = state
@@ -366,10 +376,10 @@ class Child(PrefectFuture[R], Generic[R]):
         try:
             self._on_done(self)
         finally:
-            self._done.set()
-        for callback in callbacks:
+            self._done.set_result(None)
+        for callback, context in callbacks:
             try:
-                callback(self)
+                context.run(callback, self)
             except BaseException:  # even SystemExit must not end the control plane
                 logger.exception("A done callback of child %r raised", self.name)
         # Only now, so that a callback which spawns does so while the scope still waits.
@@ -399,8 +409,7 @@ class Child(PrefectFuture[R], Generic[R]):
 
     def _remove_done_callback(self, fn: Callable[[Any], None]) -> None:
         with self._lock:
-            if fn in self._callbacks:
-                self._callbacks.remove(fn)
+            self._callbacks = [entry for entry in self._callbacks if entry[0] is not fn]
 
     def _refuse_deadlock(self) -> None:
         if self.is_over:

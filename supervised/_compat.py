@@ -56,12 +56,20 @@ def has_sigterm_bridge() -> bool:
     return callable(handler) and getattr(handler, "__module__", "").startswith("prefect.")
 
 
-def plain_launches(context: FlowRunContext) -> bool:
-    """Whether this run, or a task of it, called plain `run_deployment`.
+def plain_launches(context: FlowRunContext) -> tuple[int, int]:
+    """Return how often this run called `run_deployment`, and how often a flow.
 
-    Prefect counts the tracking tasks of a run in its context, so knowing costs no request.
+    Prefect counts the tracking tasks of both in the run's context, and no other tasks, so knowing
+    costs no request (_internal/engine.py, `dynamic_key_for_task_run`).
     """
-    return any(key.startswith(RUN_DEPLOYMENT_TASK_KEY) for key in context.task_run_dynamic_keys)
+    deployments = flows = 0
+    for key, last in dict(context.task_run_dynamic_keys).items():
+        calls = last + 1 if isinstance(last, int) else 1
+        if key.startswith(RUN_DEPLOYMENT_TASK_KEY):
+            deployments += calls
+        else:
+            flows += calls
+    return deployments, flows
 
 
 def run_flow_inline(flow: Flow[..., Any], flow_run: FlowRun, parameters: Mapping[str, Any]) -> Any:
@@ -77,6 +85,11 @@ def engine_owns_cancellation() -> bool:
     """Whether Prefect's engine, not a runner, is to run `on_cancellation` hooks here."""
     value = os.environ.get("PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS", "true")
     return value.lower() == "true"
+
+
+def runner_runs_hooks(flow_run: FlowRun) -> bool:
+    """Whether a runner runs the run's `on_cancellation` hooks: only for what it has started."""
+    return flow_run.deployment_id is not None and not engine_owns_cancellation()
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, None]) -> None:

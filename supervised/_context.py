@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 current_supervisor: ContextVar[Supervisor | None] = ContextVar(
     "supervised_supervisor", default=None
 )
+ended_supervisor: ContextVar[Supervisor | None] = ContextVar(
+    "supervised_ended_supervisor", default=None
+)
+"""The last scope of this context, for the flow's hooks, which run after it."""
+
 current_child: ContextVar[Child[Any] | None] = ContextVar("supervised_child", default=None)
 
 

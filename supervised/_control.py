@@ -12,8 +12,10 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextvars
+import math
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from prefect.context import SettingsContext, get_settings_context
@@ -28,6 +30,13 @@ T = TypeVar("T")
 
 CONTROL_THREAD = "supervised-control"
 """The thread's name; waiting for a child in it would wait for ever."""
+
+SLICE_SECONDS = 0.5
+"""How long a thread blocks at a time.
+
+Prefect's timeout for flows off the main thread, and interpreters that deliver signals between
+two instructions, can only enter where Python code runs.
+"""
 
 _CLOSE_SECONDS = 5.0
 
@@ -157,6 +166,17 @@ class ControlPlane(Generic[S]):
     async def _finish_tasks(self) -> None:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
+
+
+def wait_in_slices(future: concurrent.futures.Future[Any], timeout: float | None = None) -> bool:
+    """Block until the future is done, open to interrupts; false if *timeout* seconds passed."""
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    while not future.done():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        concurrent.futures.wait([future], timeout=min(left, SLICE_SECONDS))
+    return True
 
 
 def _cancel(future: concurrent.futures.Future[Any]) -> None:

@@ -225,8 +225,10 @@ def _scope_options(
             f"on_child_failure: {on_child_failure!r} is no policy; "
             f"use {', '.join(_FAILURE_POLICIES)}"
         )
-    if max_concurrent is not None and max_concurrent < 1:
-        raise ValueError(f"max_concurrent must be 1 or more; got {max_concurrent!r}")
+    if max_concurrent is not None and (not isinstance(max_concurrent, int) or max_concurrent < 1):
+        raise ValueError(
+            f"max_concurrent must be a whole number, 1 or more; got {max_concurrent!r}"
+        )
     grace = check_seconds("grace_seconds", grace_seconds)
     return ScopeOptions(
         grace_seconds=base.grace_seconds if grace is None else grace,

@@ -30,6 +30,7 @@ ON_PARENT = "supervised.on_parent"
 DETACHED = "supervised.detached"
 
 Labels = dict[str, Any]
+_UNHASHABLE = "unhashable"
 
 
 @attrs.frozen
@@ -92,11 +93,22 @@ def idempotency_key(parent: UUID, key: str, generation: int) -> str:
     return f"{TAG_PREFIX}{parent}:{key}:{generation}"
 
 
-def default_key(target: str, parameters: Mapping[str, Any]) -> str:
-    """Return a key that is the same for the same work, whatever the order of spawning."""
+def default_key(target: str, parameters: Mapping[str, Any], *, code: str = "") -> str:
+    """Return a key that is the same for the same work, whatever the order of spawning.
+
+    Args:
+        target: The target's name.
+        parameters: What it is called with.
+        code: What tells it from another target of that name.
+    """
     # Sorted, because what has no JSON form is hashed as a pickle, in the order of the dict.
-    digest = hash_objects(target, dict(sorted(parameters.items())), raise_on_failure=False)
-    return f"{target}:{digest[:12] if digest else 'unhashable'}"
+    digest = hash_objects(target, code, dict(sorted(parameters.items())), raise_on_failure=False)
+    return f"{target}:{digest[:12] if digest else _UNHASHABLE}"
+
+
+def is_comparable(work: str) -> bool:
+    """Whether two equal default keys mean the same work."""
+    return not work.endswith(f":{_UNHASHABLE}")
 
 
 def occurrence_key(base: str, occurrence: int) -> str:

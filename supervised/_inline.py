@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from prefect.context import FlowRunContext
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import ParameterTypeError, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Cancelling
 
 from supervised import _compat, _telemetry
 from supervised._context import current_child
+from supervised._errors import ParametersError
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class InlineRun:
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
         self._in_body = False
+        self._began = False
         self._flow = self._guarded(flow)
         child.interrupt = self.interrupt
 
@@ -158,7 +160,18 @@ class InlineRun:
         else:
             exception = await state.aresult(raise_on_failure=False)
             own = exception if isinstance(exception, BaseException) else None
-            self._child.settle(outcome, state=state, exception=own)
+            self._child.settle(outcome, state=state, exception=self._explained(own))
+
+    def _explained(self, exc: BaseException | None) -> BaseException | None:
+        """Return our own exception for parameters that the flow's types refuse."""
+        if self._began or not isinstance(exc, ParameterTypeError):
+            return exc
+        refused = ParametersError(
+            f"Parameters {sorted(self._parameters)} do not fit flow {self._flow.name!r}: {exc}",
+            child=self._child.name,
+        )
+        refused.__cause__ = exc
+        return refused
 
     def _ended_by(self, exc: BaseException) -> None:
         """Settle a child whose engine raised instead of returning a state."""
@@ -217,6 +230,7 @@ class InlineRun:
 
     def _begins_cancelled(self) -> bool:
         """Take note that the body begins, and tell whether it should end at once."""
+        self._began = True
         context = FlowRunContext.get()
         if context is not None and context.flow_run is not None and context.flow_run.state:
             self._child.observe(context.flow_run.state)

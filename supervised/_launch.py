@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from prefect.context import TagsContext
 from prefect.flows import Flow
 from prefect.types._datetime import now
 from prefect.utilities.callables import get_call_parameters
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from supervised import _compat, _identity
 from supervised._api import Deployment, Orchestrator, RunRequest
@@ -25,7 +27,6 @@ from supervised._errors import (
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
-    import asyncio
     import contextvars
     from collections.abc import Callable, Mapping
     from datetime import datetime
@@ -85,6 +86,31 @@ def check_target(target: object) -> Flow[..., Any] | str | UUID:
 def target_name(target: Flow[..., Any] | str | UUID) -> str:
     """Return the name under which people know the target."""
     return target.name if isinstance(target, Flow) else str(target)
+
+
+def code_of(target: Flow[..., Any] | str | UUID) -> str:
+    """Return what tells two flows of one name apart; nothing for deployments."""
+    if not isinstance(target, Flow):
+        return ""
+    return f"{target.fn.__module__}.{target.fn.__qualname__}"
+
+
+def freeze_parameters(
+    target: Flow[..., Any] | str | UUID, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return parameters that later changes by the caller do not reach.
+
+    What a deployment is given travels as JSON, so it is made that at once; what has no JSON form
+    is left for the launch to refuse. An inline flow gets the caller's very objects, as by a call.
+    """
+    given = dict(parameters)
+    if isinstance(target, Flow):
+        return given
+    try:
+        frozen: dict[str, Any] = to_jsonable_python(given)
+    except (PydanticSerializationError, ValueError, RecursionError):
+        return given
+    return frozen
 
 
 def bind_parameters(flow: Flow[..., Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +204,7 @@ class Launcher:
         if self._run.run_count <= 1:
             return None
         if self._earlier is None:
-            runs = await self._api.read_children([self._run.id])
+            runs = await self._api.read_children([self._run.id], patiently=True)
             runs.sort(key=_generation)
             self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
         earlier = self._earlier.get(child.key)
@@ -233,6 +259,11 @@ async def _create_deployed(
         )
     if child.span is not None:
         child.span.rename(deployment.name.split("/")[0], deployment.name)
+    if unknown := _unknown_parameters(deployment, spec.parameters):
+        raise ParametersError(
+            f"Deployment {deployment.name!r} takes no parameter {', '.join(map(repr, unknown))}. "
+            f"It takes: {', '.join(deployment.parameters) or 'none'}."
+        )
     if _cancelled_early(child):
         return None
     return await api.create_deployment_run(deployment, _request(child, spec, deployment))
@@ -243,11 +274,30 @@ async def _create_inline(
 ) -> FlowRun | None:
     parameters = bind_parameters(flow, spec.parameters)
     if spec.scheduled_time is not None:
-        await anyio.sleep(max(0.0, (spec.scheduled_time - now("UTC")).total_seconds()))
+        await _wait_until(spec.scheduled_time, child)
     if _cancelled_early(child):
         return None
     request = attrs.evolve(_request(child, spec), parameters=parameters)
     return await api.create_inline_run(flow, request)
+
+
+def _unknown_parameters(deployment: Deployment, given: Mapping[str, Any]) -> list[str]:
+    """Return the names that the flow cannot take; none if it may take any (`**kwargs`)."""
+    if not deployment.enforces_parameters or None in deployment.parameters.values():
+        return []
+    return sorted(set(given) - set(deployment.parameters))
+
+
+async def _wait_until(moment: datetime, child: Child[Any]) -> None:
+    """Wait for the time at which an inline child is to start, or for its cancellation."""
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    child.when_over(lambda: loop.call_soon_threadsafe(over.set))
+    child.is_queued = True
+    if child.cancel_reason is not None:
+        child.settle("cancelled")
+    with anyio.move_on_after(max(0.0, (moment - now("UTC")).total_seconds())):
+        await over.wait()
+    child.is_queued = False
 
 
 def _cancelled_early(child: Child[Any]) -> bool:

@@ -33,6 +33,9 @@ _SOURCES: Mapping[Cause, Source] = {
     "cancelled": "parent_cancelled",
     "crashed": "parent_crashed",
 }
+HARD_CAUSES: tuple[Cause, ...] = ("cancelled", "crashed")
+"""Ends after which the process may be killed, so that waiting must have a bound."""
+
 _WORDS: Mapping[Cause, str] = {
     "completed": "completed",
     "failed": "failed",
@@ -58,6 +61,14 @@ def resolve_on_parent(
     _refuse_unknown("cause", given, CAUSES)
     _refuse_unknown("action", given.values(), ACTIONS)
     return {cause: given.get(cause, default[cause]) for cause in CAUSES}
+
+
+def without_detach(policy: Mapping[Cause, Action]) -> Mapping[Cause, Action]:
+    """Return the policy for a child that cannot outlive its parent's process."""
+    return {
+        cause: DEFAULT_ON_PARENT[cause] if action == "detach" else action
+        for cause, action in policy.items()
+    }
 
 
 def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -133,6 +144,11 @@ class Budget:
     """
 
     total: float
+
+    @property
+    def patience(self) -> float:
+        """How long a child whose policy is `wait` may go on when the process may be killed."""
+        return self.total * 0.5
 
     @property
     def nudge_after(self) -> float:

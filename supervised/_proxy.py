@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from supervised._context import current_supervisor
+from supervised._context import current_supervisor, ended_supervisor
 from supervised._errors import NoSupervisorError
 
 if TYPE_CHECKING:
     from supervised._supervisor import Supervisor
 
 
+_READABLE_AFTERWARDS = {"report", "children", "flow_run_id"}
+
+
 class _SupervisorProxy:
     """Stands for the supervisor of the run that the calling code belongs to.
 
     As `prefect.runtime` does for the run itself. It is found through context variables, so it
-    works in tasks, and in threads that were given a copy of the context.
+    works in tasks, and in threads that were given a copy of the context. What a run has come to
+    (`report`, `children`, `flow_run_id`) can be read after its body too, in its hooks.
     """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         current = current_supervisor.get()
+        if current is None and name in _READABLE_AFTERWARDS:
+            current = ended_supervisor.get()
         if current is None:
             raise NoSupervisorError(
                 f"supervisor.{name} was used outside a supervised flow run. Use it in a function "

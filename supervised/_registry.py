@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from supervised._errors import DuplicateKeyError, ScopeClosedError
-from supervised._identity import occurrence_key
+from supervised._identity import is_comparable, occurrence_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,11 +52,12 @@ class Registry:
             if key is None:
                 key = self._next_key(work)
             elif (known := self._children.get(key)) is not None:
-                if self._work[key] == work:
+                if self._work[key] == work and is_comparable(work):
                     return known, False
+                why = "other parameters" if is_comparable(work) else "parameters beyond comparison"
                 raise DuplicateKeyError(
-                    f"The key {key!r} is taken in '{self._scope}' by {known.target} with other "
-                    "parameters. Use another key, or none.",
+                    f"The key {key!r} is taken in '{self._scope}' by {known.target} with {why}. "
+                    "Use another key, or none.",
                     child=known.name,
                 )
             child = self._children[key] = make(key)

@@ -18,9 +18,10 @@ from prefect.exceptions import Abort, CancelledRun, Pause, TerminationSignal
 from prefect.states import Cancelled
 
 from supervised import _compat, _inline, _telemetry
-from supervised._context import current_child, current_supervisor
+from supervised._context import current_child, current_supervisor, ended_supervisor
+from supervised._control import SLICE_SECONDS, wait_in_slices
 from supervised._errors import ChildCancelled, ScopeClosedError, TeardownError
-from supervised._policy import parent_reason
+from supervised._policy import HARD_CAUSES, parent_reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
@@ -170,11 +171,14 @@ def _async_thrower(
 
 @contextlib.contextmanager
 def _entered(supervisor: Supervisor) -> Iterator[None]:
+    if ended_supervisor.get() is not None:
+        ended_supervisor.set(None)
     outer = supervisor.outer
     if outer is None:
         yield
         return
     outer.nested.add(supervisor)
+    outer.entered += 1
     try:
         yield
     finally:
@@ -210,7 +214,7 @@ def classify(supervisor: Supervisor, exc: BaseException) -> Cause | None:
             return "timed_out"
         if intent not in {None, "cancel"}:
             return None
-        asked = intent == "cancel" or supervisor.own_cancellation is not None
+        asked = intent == "cancel" or supervisor.own.cancellation is not None
         return "cancelled" if asked or _cancelled_from_above(supervisor) else "crashed"
     if isinstance(exc, GeneratorExit):
         return "cancelled"
@@ -240,14 +244,26 @@ class _Exit:
     supervisor: Supervisor
     exc: BaseException | None
     cause: Cause | None = None
+    is_given_up: bool = False
 
     def interrupted_by(self, exc: BaseException) -> None:
-        """Take note of what arrived while waiting."""
+        """Take note of what arrived while waiting; a second Ctrl-C gives the waiting up."""
         if self._is_ours(exc):
             _inline.uncancel()
             return
+        if isinstance(exc, KeyboardInterrupt) and isinstance(self.exc, KeyboardInterrupt):
+            self.is_given_up = True
         if self.exc is None or not isinstance(exc, Exception):
             self.exc = exc
+        if self.cause not in {None, *HARD_CAUSES}:
+            self.begin()  # a run that was failing is now being cancelled, say
+
+    def gives_up(self, deadline: _Deadline) -> bool:
+        """Whether to leave what is still being torn down to the report's reader."""
+        if not (self.is_given_up or deadline.is_over(self.supervisor)):
+            return False
+        self.supervisor.log_given_up()
+        return True
 
     def _is_ours(self, exc: BaseException) -> bool:
         """Whether it is our own interrupt of a body that has ended in the same instant."""
@@ -275,18 +291,16 @@ def _leave_sync(supervisor: Supervisor, result: Any, exc: BaseException | None) 
     if exc is None:
         try:
             supervisor.prepare_completion()
-            supervisor.children_over().result()
+            wait_in_slices(supervisor.children_over())
         except BaseException as interrupt:
             leaving.interrupted_by(interrupt)
     if (teardown := leaving.begin()) is not None:
-        deadline = time.monotonic() + supervisor.grace_seconds + _SLACK_SECONDS
-        while not teardown.done() and (left := deadline - time.monotonic()) > 0:
+        deadline = _Deadline(supervisor.grace_seconds + _SLACK_SECONDS)
+        while not teardown.done() and not leaving.gives_up(deadline):
             try:
-                concurrent.futures.wait([teardown], timeout=left)
+                concurrent.futures.wait([teardown], timeout=SLICE_SECONDS)
             except BaseException as interrupt:
                 leaving.interrupted_by(interrupt)
-                if isinstance(interrupt, KeyboardInterrupt):
-                    break
     return _conclude_sync(leaving, result)
 
 
@@ -300,29 +314,48 @@ async def _leave_async(supervisor: Supervisor, result: Any, exc: BaseException |
         except BaseException as interrupt:
             leaving.interrupted_by(interrupt)
     if (teardown := leaving.begin()) is not None:
-        deadline = time.monotonic() + supervisor.grace_seconds + _SLACK_SECONDS
-        await _wait_shielded(leaving, teardown, deadline)
+        deadline = _Deadline(supervisor.grace_seconds + _SLACK_SECONDS)
+        await _wait_shielded(leaving, teardown, lambda: leaving.gives_up(deadline))
     return await _conclude_async(leaving, result)
 
 
 async def _wait_shielded(
-    leaving: _Exit, future: concurrent.futures.Future[None], deadline: float
+    leaving: _Exit, future: concurrent.futures.Future[None], gives_up: Callable[[], bool]
 ) -> None:
     """Wait out a future under cancellation: anyio scopes are shielded off, signals remembered."""
     with anyio.CancelScope(shield=True):
-        while not future.done() and (left := deadline - time.monotonic()) > 0:
+        while not future.done() and not gives_up():
             try:
-                await asyncio.wait([asyncio.wrap_future(future)], timeout=left)
+                await asyncio.wait([asyncio.wrap_future(future)], timeout=SLICE_SECONDS)
             except asyncio.CancelledError as interrupt:
                 leaving.interrupted_by(interrupt)
 
 
+class _Deadline:
+    """When to stop waiting for a teardown: never while that waits for children on purpose.
+
+    Args:
+        seconds: What the teardown may take otherwise.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._at = time.monotonic() + seconds
+
+    def is_over(self, supervisor: Supervisor) -> bool:
+        if supervisor.is_waiting:
+            self._at = time.monotonic() + self._seconds
+        return time.monotonic() > self._at
+
+
 def _conclude_sync(leaving: _Exit, result: Any) -> Any:
+    # Prefect's engine runs the flow's hooks in this context, after the scope.
+    ended_supervisor.set(leaving.supervisor)
     verdict = _judge(leaving, result)
     stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
     if stopped is not None:
         concurrent.futures.wait([stopped], timeout=_CLOSE_SECONDS)
-    if verdict.cancelled is not None and _compat.engine_owns_cancellation():
+    if verdict.cancelled is not None and not _compat.runner_runs_hooks(leaving.supervisor.flow_run):
         hooks = _inline.run_cancellation_hooks(
             leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
         )
@@ -331,13 +364,15 @@ def _conclude_sync(leaving: _Exit, result: Any) -> Any:
 
 
 async def _conclude_async(leaving: _Exit, result: Any) -> Any:
+    ended_supervisor.set(leaving.supervisor)
     verdict = _judge(leaving, result)
     if leaving.supervisor.body.was_interrupted and verdict.answers_interrupt:
         _inline.uncancel()
     stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
     if stopped is not None:
-        await _wait_shielded(leaving, stopped, time.monotonic() + _CLOSE_SECONDS)
-    if verdict.cancelled is not None and _compat.engine_owns_cancellation():
+        closing = time.monotonic() + _CLOSE_SECONDS
+        await _wait_shielded(leaving, stopped, lambda: time.monotonic() > closing)
+    if verdict.cancelled is not None and not _compat.runner_runs_hooks(leaving.supervisor.flow_run):
         await _inline.run_cancellation_hooks(
             leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
         )
@@ -384,10 +419,10 @@ def _judge(leaving: _Exit, result: Any) -> _Verdict:
     supervisor, exc = leaving.supervisor, leaving.exc
     if exc is not None and not isinstance(exc, Exception) and not _answers_interrupt(leaving):
         return _Verdict(exc=exc)
-    if supervisor.own_cancellation is not None:
-        return _Verdict(cancelled=supervisor.own_cancellation)
+    if supervisor.own.cancellation is not None:
+        return _Verdict(cancelled=supervisor.own.cancellation + _unverified(supervisor))
     if _answers_interrupt(leaving) and not supervisor.failures:
-        return _Verdict(cancelled="Cancelled together with its parent")
+        return _Verdict(cancelled="Cancelled together with its parent" + _unverified(supervisor))
     errors = _errors(supervisor, exc)
     if not errors:
         return _Verdict(result=result, exc=exc)
@@ -397,6 +432,12 @@ def _judge(leaving: _Exit, result: Any) -> _Verdict:
     group = ExceptionGroup(f"{len(errors)} failure(s) in supervised flow '{name}'", errors)
     group.__cause__ = exc if exc not in errors else None
     return _Verdict(exc=group)
+
+
+def _unverified(supervisor: Supervisor) -> str:
+    """Return what a cancelled run has to say of survivors: it raises nothing that could."""
+    report = supervisor.report
+    return f". {TeardownError(report)}" if report is not None and not report.ok else ""
 
 
 def _answers_interrupt(leaving: _Exit) -> bool:

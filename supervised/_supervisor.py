@@ -16,7 +16,6 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import anyio
 import attrs
 from prefect.client.schemas.objects import FlowRun, TaskRunResult
 from prefect.context import FlowRunContext, TaskRunContext
@@ -32,16 +31,20 @@ from supervised._context import current_supervisor
 from supervised._control import ControlPlane
 from supervised._errors import NoSupervisorError
 from supervised._inline import InlineRun
+from supervised._own_run import OwnRun
 from supervised._policy import (
+    HARD_CAUSES,
     Budget,
     breaks_scope,
     check_seconds,
     parent_reason,
     resolve_on_parent,
+    without_detach,
 )
 from supervised._registry import Registry, describe_ban
 from supervised._teardown import Teardown
 from supervised._types import (
+    Action,
     CancelReason,
     Cause,
     FlowLike,
@@ -58,7 +61,6 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
-    from prefect.client.schemas.objects import State
     from typing_extensions import Unpack
 
 logger = logging.getLogger("prefect.supervised")
@@ -103,13 +105,14 @@ class Supervisor:
         self._launcher: _launch.Launcher | None = None
         self._ending: tuple[Cause, CancelReason] | None = None
         self._teardown: concurrent.futures.Future[None] | None = None
-        self._delegate_to: UUID | None = None
+        self._tearing: Teardown | None = None
         self._report: TeardownReport | None = None
         self.outer = current_supervisor.get()
         self.nested: set[Supervisor] = set()
+        self.entered = 0  # supervised flows that the body has called, over or not
         self.lineage = self._find_lineage()
+        self.own = OwnRun(self._run, self.lineage, flow.name, self._on_own_cancellation)
         self.failures: list[Child[Any]] = []
-        self.own_cancellation: str | None = None
         self._closed = False
         self.body = Body()
 
@@ -218,14 +221,9 @@ class Supervisor:
         self._require_own_process()
         checked = _launch.check_target(target)
         check_seconds("timeout_seconds", timeout_seconds)
-        policy = resolve_on_parent(on_parent, self._options.on_parent)
-        given = dict(parameters or {})
+        given = _launch.freeze_parameters(checked, parameters or {})
         label = _launch.target_name(checked)
-        if isinstance(checked, Flow) and "detach" in policy.values():
-            raise ValueError(
-                f"{label!r} is a flow and would run inline, in this process, which it cannot "
-                "outlive: on_parent='detach' needs a deployment."
-            )
+        policy = self._policy_for(checked, on_parent)
         if (ending := self._nearest_ending()) is not None:
             self._registry.ban(describe_ban(ending))
 
@@ -245,7 +243,7 @@ class Supervisor:
                 home_loop=self._loop_of(checked),
             )
 
-        work = _identity.default_key(label, given)
+        work = _identity.default_key(label, given, code=_launch.code_of(checked))
         child, is_new = self._registry.admit(key=key, work=work, make=make)
         if is_new:
             spec = _launch.LaunchSpec(
@@ -273,7 +271,11 @@ class Supervisor:
             reason: One clause for people.
         """
         message = reason or "its supervisor was told to cancel"
-        self.begin_teardown("cancelled", CancelReason(source="explicit", message=message))
+        told = CancelReason(source="explicit", message=message)
+        for child in self._registry.live():
+            if not child.is_detached:
+                child.mark_cancel(told)  # whatever the run's own end would have meant for it
+        self.begin_teardown("cancelled", told)
 
     # -- for the scope's two ends ---------------------------------------------------------------
 
@@ -299,8 +301,9 @@ class Supervisor:
 
     @property
     def launched_plainly(self) -> bool:
-        """Whether the body called plain `run_deployment`."""
-        return _compat.plain_launches(self._context)
+        """Whether the body called plain `run_deployment`, or a plain flow that may have."""
+        deployments, flows = _compat.plain_launches(self._context)
+        return deployments > 0 or flows > self.entered
 
     def owns(self, child: Child[Any]) -> bool:
         """Whether this scope spawned the child."""
@@ -329,6 +332,7 @@ class Supervisor:
         """
         with self._lock:
             if self._teardown is not None:
+                self._hurry(cause, reason)
                 return self._teardown
             self._ending = (cause, reason)
             self._registry.ban(describe_ban(reason))
@@ -337,6 +341,22 @@ class Supervisor:
             if inner.is_engaged:
                 inner.begin_teardown("cancelled", reason)
         return self._teardown
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the teardown waits for children whose policy is to be waited for."""
+        return self._tearing is not None and self._tearing.is_waiting
+
+    def _hurry(self, cause: Cause, reason: CancelReason) -> None:
+        """Let a harder end overtake a teardown that is still waiting for children."""
+        if cause not in HARD_CAUSES or self._plane is None:
+            return
+
+        async def hurry(_: Services) -> None:
+            if self._tearing is not None:
+                self._tearing.hurry(cause, reason)
+
+        self._plane.submit(hurry)
 
     def prepare_completion(self) -> None:
         """Apply `on_parent` for a body that returned to the children that are not waited for."""
@@ -348,6 +368,14 @@ class Supervisor:
             elif action == "detach":
                 child.detach()
 
+    def log_given_up(self) -> None:
+        """Name what may still be alive when the body's side stops waiting for the teardown."""
+        live = [f"{child.name} ({child.flow_run_id})" for child in self._registry.live()]
+        if live:
+            self._logger.error(
+                "No longer waiting for the teardown; these may still be alive: %s", ", ".join(live)
+            )
+
     def children_over(self) -> concurrent.futures.Future[None]:
         """Return a future that is done once no child is live, or a teardown has begun."""
         return self._registry.when_settled()
@@ -358,6 +386,7 @@ class Supervisor:
             if self._plane is not None or self._registry.all():
                 return False
             self._registry.ban("the flow has ended")
+            self._closed = True
             return True
 
     def close(
@@ -365,8 +394,9 @@ class Supervisor:
     ) -> concurrent.futures.Future[None] | None:
         """End the scope; the last one of the process gets the future of the plane's end."""
         self._registry.ban("the flow has ended")
-        self._closed = True
+        self.own.close()
         with self._lock:
+            self._closed = True
             plane = self._plane
         if plane is None:
             return None
@@ -379,7 +409,13 @@ class Supervisor:
     # -- the control plane's side ----------------------------------------------------------------
 
     def _engage(self) -> ControlPlane[Services]:
-        """Start supervising: called by the first spawn, and by a teardown without any."""
+        """Start supervising: called by the first spawn, and by a teardown without any.
+
+        The scopes around this one start as well: what is spawned here is below their runs too,
+        and only who watches a run hears that it is being cancelled.
+        """
+        if self.outer is not None:
+            self.outer._engage_if_open()
         with self._lock:
             if self._plane is None:
                 self._plane = ControlPlane.acquire(open_services)
@@ -395,6 +431,11 @@ class Supervisor:
                 self._plane.submit(self._watch)
             return self._plane
 
+    def _engage_if_open(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._engage()
+
     def _start(self, child: Child[Any], spec: _launch.LaunchSpec) -> None:
         plane = self._engage()
         assert self._span is not None
@@ -405,7 +446,7 @@ class Supervisor:
             flow_name=child.target.split("/")[0],
             deployment_name=child.target if child.kind == "deployment" else None,
             generation=child.generation,
-            detached=child.on_parent["completed"] == "detach",
+            detached=child.is_detached,
             start_ns=time.time_ns(),
         )
 
@@ -430,7 +471,7 @@ class Supervisor:
         )
         if child.detach_requested:
             self._detach_child(child)
-        elif child.span is not None and set(child.on_parent.values()) == {"detach"}:
+        elif child.span is not None and child.is_detached:
             child.span.end("detached", state=run.state, exception=None, end_ns=time.time_ns())
         self._arm_deadline(child)
         if isinstance(spec.target, Flow):
@@ -542,45 +583,29 @@ class Supervisor:
     # -- the run's own end -----------------------------------------------------------------------
 
     async def _watch(self, services: Services) -> None:
-        services.watcher.watch_owner(self._run.id, self.lineage.tag, self._on_own_change)
+        self.own.watch(services.watcher)
 
     async def _unwatch(self, services: Services) -> None:
-        services.watcher.unwatch_owner(self._run.id, self.lineage.tag)
+        self.own.unwatch(services.watcher)
 
-    def _on_own_change(self, run: FlowRun) -> None:
-        """Hear that our own run is being cancelled, before any signal; in the control plane."""
-        state = run.state
-        if state is None or not (state.is_cancelling() or state.is_cancelled()):
-            return
-        if self.own_cancellation is not None or self._closed:
-            return
-        self.own_cancellation = state.message or "its run was set to Cancelling"
-        self._delegate_to = self._covered_by(state)
-        self.begin_teardown("cancelled", self._own_reason())
+    def _on_own_cancellation(self) -> None:
+        self.begin_teardown("cancelled", self.own.reason)
         delay = _RUNNER_SECONDS if _compat.runner_owns(self._run.id) else 0.0
         asyncio.get_running_loop().call_later(delay, self.body.interrupt)
-
-    def _own_reason(self) -> CancelReason:
-        detail = "" if self._delegate_to else (self.own_cancellation or "")
-        return parent_reason("cancelled", self._flow.name, detail)
-
-    def _covered_by(self, state: State) -> UUID | None:
-        """Return the ancestor whose own teardown covers our whole tree, if one cancels us."""
-        by = _identity.marked_by(state.message)
-        return by if by is not None and by in self.lineage.path[:-1] else None
 
     async def _tear_down(self, services: Services) -> None:
         assert self._ending is not None
         assert self._span is not None
-        cause, reason = await self._recheck(services, *self._ending)
-        self._ending = (cause, reason)
+        cause, reason = self._ending
+        if cause in {"crashed", "cancelled"} and await self.own.recheck(services.api):
+            cause, reason = self._ending = ("cancelled", self.own.reason)
         live = len(self._registry.live())
         span = None
         if live or self.launched_plainly:
             span = _telemetry.TeardownSpan(
                 self._span, reason=reason, live=live, grace_seconds=self._options.grace_seconds
             )
-        report = await Teardown(
+        self._tearing = Teardown(
             services.api,
             services.watcher,
             flow_name=self._flow.name,
@@ -590,9 +615,10 @@ class Supervisor:
             children=self._registry.all,
             in_body=self._runs_in_body,
             budget=Budget(self._options.grace_seconds),
-            delegate_to=self._delegate_to,
+            delegate_to=self.own.delegate_to,
             span=span,
-        ).run()
+        )
+        report = await self._tearing.run()
         self._report = report
         if report.receipts:
             self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
@@ -602,32 +628,29 @@ class Supervisor:
                 continue  # it is still being launched
             child.settle("cancelled" if child.flow_run_id in vouched else "abandoned")
 
-    async def _recheck(
-        self, services: Services, cause: Cause, reason: CancelReason
-    ) -> tuple[Cause, CancelReason]:
-        """Learn of a cancellation of our own run whose notice has not reached us yet.
-
-        It tells a crash from a cancellation, and names the ancestor that covers our tree.
-        """
-        if cause not in {"crashed", "cancelled"} or self.own_cancellation is not None:
-            return cause, reason
-        try:
-            with anyio.fail_after(2.0):
-                (run,) = await services.api.read_runs([self._run.id])
-        except Exception:
-            logger.debug("Could not read the run's own state", exc_info=True)
-            return cause, reason
-        if run.state is None or not (run.state.is_cancelling() or run.state.is_cancelled()):
-            return cause, reason
-        self.own_cancellation = run.state.message or "its run was set to Cancelling"
-        self._delegate_to = self._covered_by(run.state)
-        return "cancelled", self._own_reason()
-
     # -- inside ---------------------------------------------------------------------------------
 
     @property
     def _logger(self) -> Any:
         return flow_run_logger(self._run, self._flow)
+
+    def _policy_for(
+        self, target: Flow[..., Any] | str | UUID, on_parent: OnParent | None
+    ) -> Mapping[Cause, Action]:
+        """Return a child's policy; the decorator's `detach` is for deployments only.
+
+        Raises:
+            ValueError: If *on_parent* is not understood, or asks an inline flow to outlive us.
+        """
+        policy = resolve_on_parent(on_parent, self._options.on_parent)
+        if not isinstance(target, Flow) or "detach" not in policy.values():
+            return policy
+        if on_parent is not None:
+            raise ValueError(
+                f"{target.name!r} is a flow and would run inline, in this process, which it "
+                "cannot outlive: on_parent='detach' needs a deployment."
+            )
+        return without_detach(policy)
 
     def _loop_of(self, target: Flow[..., Any] | str | UUID) -> asyncio.AbstractEventLoop | None:
         """Return the loop that an inline child needs, and that must not wait for it."""

@@ -19,7 +19,7 @@ from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
 from supervised import _identity, _telemetry
-from supervised._policy import Budget, outcome_of, receipt_status
+from supervised._policy import HARD_CAUSES, Budget, outcome_of, receipt_status
 from supervised._types import Action, CancelReason, Cause, Receipt, TeardownReport
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class Teardown:
         self._spared: set[UUID] = set()
         self._read_cost = 0.0
         self._search_error = ""
+        self._is_waiting = False
         self._started = time.monotonic()
         self._started_at = now("UTC")
 
@@ -142,14 +143,31 @@ class Teardown:
         """Tear down, and return what became of every run."""
         with anyio.move_on_after(max(self._budget.total, _ASKING_SECONDS)):
             await self._ask()  # whatever the grace: it is for waiting
-        with anyio.move_on_after(self._budget.total - self._elapsed) as scope:
-            await self._wait()
-        if scope.cancelled_caught:
-            await self._last_look()
+        await self._wait_within_budget()
+        await self._wait_for_the_patient()
         report = self._report()
         if self._span is not None:
             self._span.end(report)
         return report
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether only children are left that may take as long as they need."""
+        return self._is_waiting
+
+    def hurry(self, cause: Cause, reason: CancelReason) -> None:
+        """Go on under a harder cause: what was waited for falls under that one's policy.
+
+        Args:
+            cause: How the run ends after all; its process may be killed soon.
+            reason: The same in words.
+        """
+        if self._cause in HARD_CAUSES:
+            return
+        self._cause, self._reason = cause, reason
+        self._started = time.monotonic()
+        for key in [key for key, target in self._targets.items() if target.action == "wait"]:
+            del self._targets[key]  # the next sweep takes it up under the new cause
 
     async def _ask(self) -> None:
         self._take_children()
@@ -157,14 +175,49 @@ class Teardown:
         await self._discover()
         await self._request()
 
+    async def _wait_within_budget(self) -> None:
+        with anyio.move_on_after(self._budget.total - self._elapsed) as scope:
+            await self._wait()
+        if scope.cancelled_caught:
+            await self._last_look()
+
+    async def _wait_for_the_patient(self) -> None:
+        """Wait for the children whose policy says so, unless a harder end overtakes us."""
+        if not self._is_patient:
+            return
+        self._is_waiting = True
+        while self._is_patient and (waiting := self._waited_for()):
+            await self._verify(waiting)
+            await anyio.sleep(max(_READ_SECONDS, 2 * self._read_cost))
+        self._is_waiting = False
+        if not self._is_patient:
+            await self._wait_within_budget()
+
+    @property
+    def _is_patient(self) -> bool:
+        return self._cause not in HARD_CAUSES
+
+    def _waited_for(self) -> list[_Target]:
+        return [t for t in self._live() if t.action == "wait"]
+
+    def _lose_patience(self) -> None:
+        """Cancel what is still being waited for, while there is time to see it end."""
+        if self._is_patient or self._elapsed < self._budget.patience:
+            return
+        for target in self._waited_for():
+            target.action = "cancel"
+            self._first(target, "waited", self._elapsed)
+
     async def _wait(self) -> None:
         if self._delegate_to is not None:
             await self._wait_for_inline()
             return
         swept = time.monotonic()
         while True:
-            await self._verify()
+            await self._verify(self._pending())
             await self._escalate()
+            self._lose_patience()
+            await self._request()
             if not self._pending() and not await self._sweep():
                 return
             if time.monotonic() - swept > _SWEEP_SECONDS:
@@ -172,8 +225,12 @@ class Teardown:
                 swept = time.monotonic()
             await anyio.sleep(max(_READ_SECONDS, 2 * self._read_cost))
 
-    def _pending(self) -> list[_Target]:
+    def _live(self) -> list[_Target]:
         return [t for t in self._targets.values() if not t.is_over and not self._is_foreign(t)]
+
+    def _pending(self) -> list[_Target]:
+        """Return what has to end within the budget."""
+        return [t for t in self._live() if t.action == "cancel" or not self._is_patient]
 
     def _is_foreign(self, target: _Target) -> bool:
         """Whether a run executes here, in a task that no scope started, and had its chance.
@@ -330,8 +387,8 @@ class Teardown:
 
     # -- verify -----------------------------------------------------------------------------
 
-    async def _verify(self) -> None:
-        ids = [t.run_id for t in self._pending() if t.run_id is not None]
+    async def _verify(self, targets: list[_Target]) -> None:
+        ids = [t.run_id for t in targets if t.run_id is not None]
         if not ids:
             return
         began = time.monotonic()
@@ -360,7 +417,7 @@ class Teardown:
     async def _last_look(self) -> None:
         """Read once more after the budget is spent, so that the report is as true as it can be."""
         with anyio.move_on_after(2.0, shield=True):
-            await self._verify()
+            await self._verify(self._live())
 
     async def _wait_for_inline(self) -> None:
         """Wait for what runs in this process; an ancestor verifies everything else."""

@@ -23,7 +23,7 @@ import contextlib
 import functools
 import logging
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from opentelemetry import metrics, trace
 from opentelemetry.context import attach, detach, set_value
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from prefect.client.schemas.objects import State
 
-    from supervised._types import CancelReason, Kind, Outcome, TeardownReport
+    from supervised._types import CancelReason, Kind, TeardownReport
+
+from supervised._types import Outcome
 
 logger = logging.getLogger("prefect.supervised.telemetry")
 
@@ -187,9 +189,8 @@ class SupervisorSpan:
         self, *, outcome: str, reason: CancelReason | None, raised: BaseException | None
     ) -> None:
         """End the span; *raised* is what the scope raises, unless that is a cancellation."""
-        names = ("spawned", "completed", "failed", "crashed", "timed_out", "cancelled", "abandoned")
         self.span.set_attributes(
-            {f"supervised.children.{name}": self._counts.get(name, 0) for name in names}
+            {f"supervised.children.{name}": self._counts.get(name, 0) for name in _COUNTED}
         )
         self.span.set_attribute("supervised.outcome", outcome)
         if reason is not None:
@@ -397,6 +398,9 @@ class TeardownSpan:
         self.span.end()
         labels = {"supervised.cancel.source": self._reason.source, "supervised.outcome": outcome}
         _teardown_duration.record(report.seconds, labels)
+
+
+_COUNTED = ("spawned", *get_args(Outcome))
 
 
 def _span_kind(kind: Kind, *, detached: bool) -> SpanKind:

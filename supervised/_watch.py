@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from prefect.client.schemas.objects import State, StateType
+from prefect.types._datetime import now
 
 from supervised import _telemetry
 from supervised._policy import outcome_of
@@ -47,6 +48,8 @@ class Watcher:
         self._wake_reader = anyio.Event()
         self._resubscribe = anyio.Event()
         self._connected = False
+        self._heard: set[UUID] = set()  # ends that the stream told of since the last poll
+        self._unheard: set[UUID] = set()  # ends that only the last poll has found
 
     def watch(self, child: Child[Any]) -> None:
         """Follow a child whose run exists."""
@@ -135,13 +138,17 @@ class Watcher:
         scope.cancel()
 
     def _on_event(self, event: RunEvent) -> None:
+        if event.state_type in _TERMINAL:
+            self._heard.add(event.run_id)
+            self._unheard.discard(event.run_id)
         child = self._children.get(event.run_id)
         if child is None and event.run_id not in self._owners:
             return
         if event.state_type in _TERMINAL or event.state_type == StateType.CANCELLING:
             self.hint(event.run_id)
         elif child is not None:
-            child.observe(State(type=event.state_type, name=event.state_name))
+            occurred = event.occurred or now("UTC")
+            child.observe(State(type=event.state_type, name=event.state_name, timestamp=occurred))
 
     # -- reads ------------------------------------------------------------------------------
 
@@ -159,7 +166,20 @@ class Watcher:
     async def _poll(self) -> None:
         while True:
             await anyio.sleep(_POLL_SECONDS if self._connected else _POLL_WITHOUT_EVENTS_SECONDS)
-            await self.refresh({*self._children, *self._owners})
+            if self._unheard:
+                self._distrust()
+            before = set(self._children)
+            await self.refresh({*before, *self._owners})
+            if self._connected:
+                self._unheard = before - set(self._children) - self._heard
+            self._heard.clear()
+
+    def _distrust(self) -> None:
+        """Open a new stream: one that is open but silent looks like one with nothing to say."""
+        logger.debug("The event stream kept quiet about %d ends", len(self._unheard))
+        self._unheard.clear()
+        self._connected = False
+        self._resubscribe.set()
 
     async def refresh(self, run_ids: set[UUID]) -> bool:
         """Read these runs in one go and apply what they say; false if the server failed."""

@@ -47,22 +47,33 @@ def test_a_runner_is_recognised_by_what_it_sets(monkeypatch, hooks, owner, expec
     assert _compat.runner_owns("run") is expected
 
 
-def test_prefect_counts_the_tracking_tasks_of_run_deployment(deployed, tmp_path):
+def test_prefect_counts_the_tracking_tasks_of_run_deployment_and_of_flows(deployed, tmp_path):
     @task
     def in_a_task():
         run_deployment("persisted/test", parameters={"folder": str(tmp_path)}, timeout=0)
 
+    @task
+    def harmless():
+        return 1
+
+    @flow
+    def inner():
+        return 1
+
     @flow
     def plain(by_task: bool):
-        assert not _compat.plain_launches(FlowRunContext.get())
+        harmless()
+        assert _compat.plain_launches(FlowRunContext.get()) == (0, 0)
+        inner()
+        inner()
         if by_task:
             in_a_task()
         else:
             run_deployment("persisted/test", parameters={"folder": str(tmp_path)}, timeout=0)
         return _compat.plain_launches(FlowRunContext.get())
 
-    assert plain(by_task=False)
-    assert plain(by_task=True)
+    assert plain(by_task=False) == (1, 2)
+    assert plain(by_task=True) == (1, 2)
 
 
 def test_a_run_that_was_created_first_runs_under_its_own_id(server):

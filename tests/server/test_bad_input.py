@@ -2,17 +2,20 @@
 
 import asyncio
 import socket
+import threading
 from uuid import uuid4
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from supervised import (
     ChildFailed,
     DeploymentNotFoundError,
     DeploymentPausedError,
+    DuplicateKeyError,
     InvalidTargetError,
     NoApiError,
     NoSupervisorError,
@@ -121,8 +124,21 @@ def test_parameters_that_do_not_fit_a_flow_are_the_childs_outcome(server, parame
 
 def test_a_value_of_the_wrong_type_fails_the_child(server):
     async def act():
-        with pytest.raises(ChildFailed, match="valid integer"):
+        with pytest.raises(ParametersError, match=r"\['x'\] do not fit.*valid integer") as caught:
             await supervisor.spawn(double, {"x": "many"})
+        assert isinstance(caught.value.__cause__, ParameterTypeError)
+
+    in_a_scope(act)
+
+
+def test_parameters_that_do_not_fit_a_flow_which_the_child_calls_are_its_own_failure(server):
+    @flow
+    async def calls_double():
+        await double(x="many")
+
+    async def act():
+        with pytest.raises(ChildFailed, match="valid integer"):
+            await supervisor.spawn(calls_double)
 
     in_a_scope(act)
 
@@ -151,6 +167,65 @@ def test_parameters_that_a_deployment_refuses_are_the_childs_outcome(deployment)
     async def act():
         with pytest.raises(ParametersError, match="many"):
             await supervisor.spawn(name, {"x": "many"})
+
+    in_a_scope(act)
+
+
+def test_a_parameter_that_a_deployment_does_not_have_is_the_childs_outcome(deployment):
+    _, _, name = deployment
+
+    async def act():
+        with pytest.raises(ParametersError, match="takes no parameter 'y'. It takes: x"):
+            await supervisor.spawn(name, {"x": 1, "y": 2})
+
+    in_a_scope(act)
+
+
+def test_a_deployment_is_given_what_its_parameters_were_at_the_spawn(deployment):
+    client, _, name = deployment
+
+    @supervised_flow
+    async def parent():
+        parameters = {"x": 1}
+        child = supervisor.spawn(name, parameters)
+        parameters["x"] = 2
+        while child.flow_run_id is None:
+            await asyncio.sleep(0.01)
+        child.cancel()
+        await child.wait_async()
+        return child.flow_run_id
+
+    assert client.read_flow_run(asyncio.run(parent())).parameters == {"x": 1}
+
+
+@pytest.mark.parametrize("key", [None, "mine"])
+def test_two_flows_of_one_name_are_different_work(server, key):
+    @flow(name="double")
+    async def other(x: int) -> int:
+        return 200 * x
+
+    async def act():
+        first = supervisor.spawn(double, {"x": 3}, key=key)
+        if key is not None:
+            with pytest.raises(DuplicateKeyError, match="other parameters"):
+                supervisor.spawn(other, {"x": 3}, key=key)
+        else:
+            assert await supervisor.spawn(other, {"x": 3}) == 600
+        assert await first == 6
+
+    in_a_scope(act)
+
+
+def test_a_key_is_never_shared_by_work_that_cannot_be_compared(server):
+    @flow
+    async def locked(lock: object) -> bool:
+        return lock is not None
+
+    async def act():
+        child = supervisor.spawn(locked, {"lock": threading.Lock()}, key="mine")
+        with pytest.raises(DuplicateKeyError, match="beyond comparison"):
+            supervisor.spawn(locked, {"lock": threading.Lock()}, key="mine")
+        assert await child
 
     in_a_scope(act)
 

@@ -2,17 +2,22 @@
 
 import asyncio
 import contextvars
+import os
+import signal
 import sys
 import threading
 import time
+from datetime import datetime, timedelta, timezone
 
 import anyio
+import anyio.from_thread
 import pytest
 from prefect import flow, tags, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.context import FlowRunContext
 from prefect.exceptions import CancelledRun
+from prefect.states import Cancelling
 
 import supervised
 from supervised import (
@@ -20,6 +25,7 @@ from supervised import (
     ChildCancelled,
     ChildFailed,
     ChildTimedOut,
+    NoSupervisorError,
     ScopeClosedError,
     supervised_flow,
     supervisor,
@@ -68,6 +74,11 @@ def runs_below(run_id):
                 {"parent_flow_run_id": {"any_": [str(run_id)]}}
             )
         )
+
+
+def cancel_run(run_id):
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run_id, Cancelling())
 
 
 def own_run_id():
@@ -490,19 +501,6 @@ def test_cancelling_the_run_from_outside_ends_a_sync_body_in_the_main_thread():
     assert seen["child"].outcome == "cancelled"
 
 
-def cancel_run(run_id):
-    from prefect.states import Cancelling
-
-    def act():
-        with get_client(sync_client=True) as client:
-            client.set_flow_run_state(run_id, Cancelling())
-
-    settings = contextvars.copy_context()
-    thread = threading.Thread(target=lambda: settings.run(act))
-    thread.start()
-    thread.join()
-
-
 def test_a_timeout_cancels_the_children():
     seen = {}
 
@@ -827,3 +825,222 @@ def test_nothing_can_be_spawned_after_the_flow_is_over():
     asyncio.run(parent())
     with pytest.raises(ScopeClosedError, match="has ended"):
         seen["scope"].spawn(double, {"x": 1})
+
+
+# -- waiting on purpose -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grace", [20, 0.3])
+def test_a_child_that_a_failed_parent_waits_for_takes_the_time_it_needs(grace):
+    """The grace bounds what is cancelled; waiting is what the policy asks for."""
+    done = []
+
+    @flow
+    async def slow():
+        await asyncio.sleep(1)
+        done.append(True)
+
+    @supervised_flow(grace_seconds=grace, on_parent={"failed": "wait"})
+    async def parent():
+        child = supervisor.spawn(slow)
+        await running(child)
+        raise ValueError("body")
+
+    with pytest.raises(ValueError, match="body"):
+        asyncio.run(parent())
+    assert done == [True]
+
+
+def test_a_cancellation_overtakes_the_wait_for_a_child():
+    children = []
+
+    @supervised_flow(on_parent={"failed": "wait"})
+    async def parent():
+        children.append(supervisor.spawn(forever))
+        await running(children[0])
+        asyncio.get_running_loop().call_later(0.5, cancel_run, own_run_id())
+        raise ValueError("body")
+
+    assert asyncio.run(parent(return_state=True)).is_cancelled()
+    assert children[0].outcome == "cancelled"
+
+
+def test_a_cancelled_parent_waits_for_half_of_the_grace_and_then_cancels():
+    children = []
+
+    @supervised_flow(grace_seconds=4, on_parent={"cancelled": "wait"})
+    async def parent():
+        children.append(supervisor.spawn(forever))
+        await running(children[0])
+        cancel_run(own_run_id())
+        await asyncio.sleep(3600)
+
+    assert asyncio.run(parent(return_state=True)).is_cancelled()
+    assert children[0].outcome == "cancelled"
+    assert children[0].escalations == ["waited"]
+
+
+def test_telling_the_supervisor_to_cancel_cancels_every_child_whatever_its_policy():
+    children = []
+
+    @supervised_flow(on_parent={"cancelled": "wait"})
+    async def parent():
+        child = supervisor.spawn(forever)
+        children.append(child)
+        await running(child)
+        supervisor.cancel("enough")
+        await child.wait_async()
+
+    asyncio.run(parent())
+    (child,) = children
+    assert child.outcome == "cancelled"
+    assert str(child.cancel_reason) == "enough"
+    assert child.escalations == []
+
+
+def test_a_child_that_waits_for_its_time_is_cancelled_at_once():
+    children = []
+
+    @supervised_flow
+    async def parent():
+        later = supervisor.spawn(
+            forever, scheduled_time=datetime.now(timezone.utc) + timedelta(hours=1)
+        )
+        await supervisor.spawn(double, {"x": 1})
+        children.append(later)
+        later.cancel()
+        await later.wait_async(5)
+
+    asyncio.run(parent())
+    (later,) = children
+    assert later.outcome == "cancelled"
+    assert later.flow_run_id is None
+
+
+def test_an_inline_child_starts_at_its_time():
+    @supervised_flow
+    async def parent():
+        at = datetime.now(timezone.utc) + timedelta(seconds=1)
+        child = supervisor.spawn(double, {"x": 1}, scheduled_time=at)
+        assert await child == 2
+        return child.flow_run.created >= at
+
+    assert asyncio.run(parent())
+
+
+# -- what can be seen, and where ----------------------------------------------------------------
+
+
+def test_a_hook_can_read_the_report_of_the_run():
+    seen = []
+
+    def hook(flow, flow_run, state):
+        seen.append((supervisor.report, supervisor.flow_run_id == flow_run.id))
+
+    @supervised_flow(on_failure=[hook])
+    async def parent():
+        await running(supervisor.spawn(forever))
+        raise ValueError("body")
+
+    @supervised_flow
+    async def spawns_nothing():
+        return 1
+
+    async def main():
+        with pytest.raises(ValueError, match="body"):
+            await parent()
+        await spawns_nothing()
+        with pytest.raises(NoSupervisorError):
+            supervisor.report  # noqa: B018
+
+    asyncio.run(main())
+    ((report, is_own),) = seen
+    assert [receipt.status for receipt in report.receipts] == ["cancelled"]
+    assert is_own
+
+
+def test_a_done_callback_finds_the_supervisor():
+    found = []
+
+    @supervised_flow
+    async def parent():
+        first = supervisor.spawn(double, {"x": 1})
+        first.add_done_callback(lambda _: found.append(supervisor.spawn(double, {"x": 2})))
+        await first
+
+    asyncio.run(parent())
+    assert [child.result() for child in found] == [4]
+
+
+def test_a_decorator_that_detaches_waits_for_children_that_cannot_be_detached():
+    children = []
+
+    @supervised_flow(on_parent="detach")
+    async def parent():
+        children.append(supervisor.spawn(double, {"x": 1}))
+
+    asyncio.run(parent())
+    (child,) = children
+    assert child.result() == 2
+    assert child.on_parent["failed"] == "cancel"
+
+
+def test_a_plain_call_of_a_flow_that_spawned_makes_its_callers_watch_their_run():
+    """The root has spawned nothing itself, and nobody else would hear of its cancellation."""
+
+    @supervised_flow
+    async def inner():
+        child = supervisor.spawn(forever)
+        await running(child)
+        await asyncio.sleep(3600)
+
+    @supervised_flow
+    async def root():
+        asyncio.get_running_loop().call_later(3, cancel_run, own_run_id())
+        await inner()
+
+    with anyio.from_thread.start_blocking_portal() as portal:
+        state = portal.start_task_soon(lambda: root(return_state=True)).result(60)
+    assert state.is_cancelled()
+
+
+def test_hooks_of_a_nested_run_that_is_cancelled_alone_run_under_a_runner_too(monkeypatch):
+    monkeypatch.setenv("PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS", "false")
+    called = []
+
+    @supervised_flow(on_cancellation=[lambda flow, flow_run, state: called.append(flow.name)])
+    async def inner():
+        child = supervisor.spawn(forever)
+        await running(child)
+        cancel_run(own_run_id())
+        await asyncio.sleep(3600)
+
+    @supervised_flow
+    async def root():
+        return (await inner(return_state=True)).name
+
+    assert asyncio.run(root()) == "Cancelled"
+    assert called == ["inner"]
+
+
+def test_interrupting_a_sync_body_once_leaves_the_teardown_alone():
+    """The second Ctrl-C gives up; the first one, in whatever moment, does not."""
+    children = []
+
+    @flow
+    def reluctant():
+        while not supervised.cancelled():
+            time.sleep(0.02)
+        time.sleep(1)
+
+    @supervised_flow
+    def parent():
+        children.append(supervisor.spawn(reluctant))
+        while not children[0].state.is_running():
+            time.sleep(0.01)
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        raise ValueError("body")
+
+    with pytest.raises(KeyboardInterrupt):
+        parent()
+    assert children[0].outcome == "cancelled"

@@ -1,0 +1,99 @@
+"""The supervised run itself: hearing that it is being cancelled, before any signal."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import anyio
+
+from supervised import _identity
+from supervised._policy import parent_reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import FlowRun, State
+
+    from supervised._api import Orchestrator
+    from supervised._types import CancelReason
+    from supervised._watch import Watcher
+
+logger = logging.getLogger("prefect.supervised")
+
+_RECHECK_SECONDS = 2.0
+
+
+class OwnRun:
+    """What the server says of the run whose scope this is; lives in the control plane.
+
+    Args:
+        run: The run.
+        lineage: Where it stands in its tree.
+        flow_name: Its flow, for people.
+        on_cancelled: Called once, when somebody has set the run to `Cancelling`.
+    """
+
+    def __init__(
+        self,
+        run: FlowRun,
+        lineage: _identity.Lineage,
+        flow_name: str,
+        on_cancelled: Callable[[], None],
+    ) -> None:
+        self._run = run
+        self._lineage = lineage
+        self._flow_name = flow_name
+        self._on_cancelled = on_cancelled
+        self._is_over = False
+        self.cancellation: str | None = None
+        """What the run's state says of its cancellation; `None` if there is none."""
+        self.delegate_to: UUID | None = None
+        """The ancestor whose own teardown covers this whole tree, if one cancels the run."""
+
+    def watch(self, watcher: Watcher) -> None:
+        """Follow the run, and all runs of its tree."""
+        watcher.watch_owner(self._run.id, self._lineage.tag, self._on_change)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Stop following."""
+        watcher.unwatch_owner(self._run.id, self._lineage.tag)
+
+    def close(self) -> None:
+        """Hear nothing any more: the scope is over."""
+        self._is_over = True
+
+    @property
+    def reason(self) -> CancelReason:
+        """Why everything below is cancelled, once the run is."""
+        detail = "" if self.delegate_to else (self.cancellation or "")
+        return parent_reason("cancelled", self._flow_name, detail)
+
+    async def recheck(self, api: Orchestrator) -> bool:
+        """Read the run, and tell whether it is being cancelled and nobody had heard of it.
+
+        It tells a crash from a cancellation whose notice has not reached us yet, and names the
+        ancestor that covers the tree.
+        """
+        if self.cancellation is not None:
+            return False
+        try:
+            with anyio.fail_after(_RECHECK_SECONDS):
+                (run,) = await api.read_runs([self._run.id])
+        except Exception:
+            logger.debug("Could not read the run's own state", exc_info=True)
+            return False
+        return self._note(run.state)
+
+    def _on_change(self, run: FlowRun) -> None:
+        if self.cancellation is None and not self._is_over and self._note(run.state):
+            self._on_cancelled()
+
+    def _note(self, state: State | None) -> bool:
+        if state is None or not (state.is_cancelling() or state.is_cancelled()):
+            return False
+        self.cancellation = state.message or "its run was set to Cancelling"
+        by = _identity.marked_by(state.message)
+        self.delegate_to = by if by is not None and by in self._lineage.path[:-1] else None
+        return True
