@@ -1,8 +1,10 @@
 """The flows that the server tests deploy. Every process leaves a marker with its pid."""
 
 import asyncio
+import inspect
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import prefect.runtime
@@ -80,23 +82,32 @@ def spawn_in_task(folder: str, part: int) -> str:
     return supervisor.spawn("leaf/test", {"folder": folder, "part": part}).key
 
 
+@flow
+def launches_plainly(folder: str, part: int) -> None:
+    run_deployment("leaf/test", parameters=_leaf(folder, part), timeout=0)
+
+
+def _launch(folder: str, part: int, target: str) -> object:
+    """Launch one child in the way that *target* names; what it returns may have to be awaited."""
+    given = _leaf(folder, part)
+    ways: dict[str, Callable[[], object]] = {
+        "inline": lambda: supervisor.spawn(inline_leaf, given).key,
+        "plain": lambda: run_deployment("leaf/test", parameters=given, timeout=0),
+        "within-plain": lambda: launches_plainly(folder, part),
+        "detached": lambda: supervisor.spawn("leaf/test", given, on_parent="detach").key,
+        "task": lambda: spawn_in_task(folder, part),
+    }
+    if target in ways:
+        return ways[target]()
+    return supervisor.spawn(target, given if target.startswith("leaf") else {"folder": folder}).key
+
+
 async def _body(folder: str, children: list[str]) -> None:
     mark(folder)
     for part, target in enumerate(children):
-        if target == "inline":
-            supervisor.spawn(inline_leaf, {"folder": folder, "part": part})
-        elif target == "plain":
-            await run_deployment("leaf/test", parameters=_leaf(folder, part), timeout=0)
-        elif target == "detached":
-            parameters = _leaf(folder, part)
-            supervisor.spawn("leaf/test", parameters, on_parent="detach")
-        elif target == "task":
-            spawn_in_task(folder, part)
-        else:
-            parameters = {"folder": folder}
-            if target.startswith("leaf"):
-                parameters["part"] = part
-            supervisor.spawn(target, parameters)
+        launched = _launch(folder, part, target)
+        if inspect.isawaitable(launched):
+            await launched
     while not asked(folder, "finish"):
         if asked(folder, "raise"):
             raise ValueError("the body failed")
@@ -112,13 +123,7 @@ async def root(folder: str, children: list[str]) -> None:
 def root_sync(folder: str, children: list[str]) -> None:
     mark(folder)
     for part, target in enumerate(children):
-        if target == "plain":
-            run_deployment("leaf/test", parameters=_leaf(folder, part), timeout=0)
-            continue
-        parameters = {"folder": folder}
-        if target.startswith("leaf"):
-            parameters["part"] = part
-        supervisor.spawn(target, parameters)
+        _launch(folder, part, target)
     while not asked(folder, "finish"):
         if asked(folder, "raise"):
             raise ValueError("the body failed")

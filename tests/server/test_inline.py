@@ -11,6 +11,7 @@ from datetime import datetime, timedelta, timezone
 
 import anyio
 import anyio.from_thread
+import psutil
 import pytest
 from prefect import flow, tags, task
 from prefect.client.orchestration import get_client
@@ -1044,3 +1045,24 @@ def test_interrupting_a_sync_body_once_leaves_the_teardown_alone():
     with pytest.raises(KeyboardInterrupt):
         parent()
     assert children[0].outcome == "cancelled"
+
+
+def test_ten_runs_in_a_row_leave_no_thread_and_no_socket():
+    @supervised_flow
+    async def parent():
+        children = [supervisor.spawn(forever), supervisor.spawn(until_cancelled)]
+        for child in children:
+            await running(child)
+        raise ValueError("body")
+
+    def run():
+        with pytest.raises(ValueError, match="body"):
+            asyncio.run(parent())
+        me = psutil.Process()
+        return me.num_threads(), len(me.net_connections()), me.num_fds()
+
+    run()  # Prefect's own workers start with the first run, and stay
+    counts = [run() for _ in range(9)]
+    # Prefect's workers for logs and events may each be opening or closing a connection.
+    growth = [last - first for first, last in zip(counts[0], counts[-1], strict=True)]
+    assert max(growth) <= 2, counts

@@ -56,19 +56,12 @@ def test_cancelling_a_run_that_no_runner_watches_ends_it_and_its_tree(
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
-def test_ctrl_c_takes_the_tree_along(deployed: World, alone, kind: str) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_the_tree_along(
+    deployed: World, alone, kind: str, signum: signal.Signals
+) -> None:
     process, root = alone(kind)
-    os.kill(process.pid, signal.SIGINT)
-    assert_all_gone(deployed, root)
-    assert process.wait(10) != 0
-    assert deployed.run(root).state.is_crashed()
-    assert_cancelled_below(deployed, root)
-
-
-@pytest.mark.parametrize("kind", ["async", "sync"])
-def test_sigterm_takes_the_tree_along(deployed: World, alone, kind: str) -> None:
-    process, root = alone(kind)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signum)
     assert_all_gone(deployed, root)
     assert process.wait(10) != 0
     assert deployed.run(root).state.is_crashed()

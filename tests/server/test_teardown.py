@@ -109,6 +109,25 @@ def test_a_mixed_tree_goes_whole(deployed: World) -> None:
     assert_cancelled_below(deployed, root.id)
 
 
+@pytest.mark.parametrize("kind", ["root", "root-sync"])
+def test_what_was_launched_without_a_supervisor_goes_too(deployed: World, kind: str) -> None:
+    """Nothing but plain calls, one of them within a plain flow that has returned."""
+    root = deployed.start(f"{kind}/test", children=["plain", "within-plain"])
+    deployed.wait_for_start(3)
+    deployed.tell("raise")
+    assert_all_gone(deployed, root.id)
+    assert deployed.run(root.id).state.is_failed()
+
+
+@pytest.mark.parametrize("kind", ["root", "root-sync"])
+def test_a_child_within_a_plain_flow_alone_goes_too(deployed: World, kind: str) -> None:
+    root = deployed.start(f"{kind}/test", children=["within-plain"])
+    deployed.wait_for_start(2)
+    deployed.tell("raise")
+    assert_all_gone(deployed, root.id)
+    assert deployed.run(root.id).state.is_failed()
+
+
 def test_a_detached_child_is_left_alone(deployed: World) -> None:
     root = deployed.start("root/test", children=["detached", "leaf/test"])
     deployed.wait_for_start(3)
