@@ -81,16 +81,15 @@ class Deployment:
         name: *flow/deployment*.
         version: Its version.
         paused: Whether its runs would wait.
-        parameters: The flow's parameters and, where the schema states one, their JSON type.
-        enforces_parameters: Whether a run must fit them.
+        parameters: The flow's parameters and, where the schema states one, their JSON type;
+            `None` if a run may be given any.
     """
 
     id: UUID
     name: str
     version: str | None
     paused: bool
-    parameters: Mapping[str, str | None] = attrs.field(factory=dict)
-    enforces_parameters: bool = False
+    parameters: Mapping[str, str | None] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -235,8 +234,7 @@ class PrefectOrchestrator:
             name=name,
             version=found.version,
             paused=found.paused,
-            parameters=_parameter_types(found.parameter_openapi_schema),
-            enforces_parameters=found.enforce_parameter_schema,
+            parameters=_parameter_types(found) if found.enforce_parameter_schema else None,
         )
 
     async def create_deployment_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
@@ -510,9 +508,11 @@ def _read_acks(run_ids: Sequence[UUID], results: list[dict[str, Any]]) -> list[A
     return acks
 
 
-def _parameter_types(schema: Mapping[str, Any] | None) -> dict[str, str | None]:
-    """Return the parameters of a schema; the type is missing for `**kwargs`, among others."""
-    properties: Mapping[str, Any] = (schema or {}).get("properties") or {}
+def _parameter_types(found: DeploymentResponse) -> dict[str, str | None] | None:
+    """Return what the schema says; the type is missing for `**kwargs`, among others."""
+    properties: Mapping[str, Any] = (found.parameter_openapi_schema or {}).get("properties") or {}
+    if not properties:
+        return None  # what the server gives to a deployment that was made without a schema
     return {
         name: next((str(said[word]) for word in _TYPE_WORDS if word in said), None)
         for name, said in properties.items()

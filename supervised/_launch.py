@@ -262,7 +262,7 @@ async def _create_deployed(
     if unknown := _unknown_parameters(deployment, spec.parameters):
         raise ParametersError(
             f"Deployment {deployment.name!r} takes no parameter {', '.join(map(repr, unknown))}. "
-            f"It takes: {', '.join(deployment.parameters) or 'none'}."
+            f"It takes: {', '.join(deployment.parameters or ()) or 'none'}."
         )
     if _cancelled_early(child):
         return None
@@ -283,9 +283,10 @@ async def _create_inline(
 
 def _unknown_parameters(deployment: Deployment, given: Mapping[str, Any]) -> list[str]:
     """Return the names that the flow cannot take; none if it may take any (`**kwargs`)."""
-    if not deployment.enforces_parameters or None in deployment.parameters.values():
+    takes = deployment.parameters
+    if takes is None or None in takes.values():
         return []
-    return sorted(set(given) - set(deployment.parameters))
+    return sorted(set(given) - set(takes))
 
 
 async def _wait_until(moment: datetime, child: Child[Any]) -> None:
