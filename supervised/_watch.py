@@ -33,6 +33,7 @@ _POLL_SECONDS = 10.0  # while events flow: only a safety net
 _POLL_WITHOUT_EVENTS_SECONDS = 1.5
 _COALESCE_SECONDS = 0.02
 _RECONNECT_SECONDS = 2.0
+_NEW = {StateType.SCHEDULED, StateType.PENDING}
 _TERMINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 
 
@@ -48,6 +49,7 @@ class Watcher:
         self._wake_reader = anyio.Event()
         self._resubscribe = anyio.Event()
         self._connected = False
+        self.news = 0  # ends and new runs that the stream has told of, in any tree we subscribe to
         self._heard: set[UUID] = set()  # ends that the stream told of since the last poll
         self._unheard: set[UUID] = set()  # ends that only the last poll has found
 
@@ -65,6 +67,11 @@ class Watcher:
         """Stop following a scope's own run."""
         self._owners.pop(run_id, None)
         self._subscribe(-1, *_resources(run_id, tag))
+
+    @property
+    def hears(self) -> bool:
+        """Whether the event stream is up, so that reads are needed for certainty only."""
+        return self._connected
 
     def hint(self, run_id: UUID) -> None:
         """Have a run read soon."""
@@ -141,10 +148,15 @@ class Watcher:
         if event.state_type in _TERMINAL:
             self._heard.add(event.run_id)
             self._unheard.discard(event.run_id)
+        if event.state_type in _TERMINAL or event.state_type in _NEW:
+            self.news += 1
         child = self._children.get(event.run_id)
         if child is None and event.run_id not in self._owners:
             return
-        if event.state_type in _TERMINAL or event.state_type == StateType.CANCELLING:
+        is_asked = event.state_type == StateType.CANCELLING and (
+            child is None or child.kind == "inline"  # a runner hears of it, or we must tell
+        )
+        if event.state_type in _TERMINAL or is_asked:
             self.hint(event.run_id)
         elif child is not None:
             occurred = event.occurred or now("UTC")
