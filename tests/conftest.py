@@ -83,6 +83,8 @@ def deployed(world: World, runner: None) -> World:
 
 def pytest_configure() -> None:
     """Take SIGTERM like Ctrl-C: whoever ends the tests ends the server and runner with them."""
+    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
