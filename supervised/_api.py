@@ -510,8 +510,9 @@ def _read_acks(run_ids: Sequence[UUID], results: list[dict[str, Any]]) -> list[A
 
 def _parameter_types(found: DeploymentResponse) -> dict[str, str | None] | None:
     """Return what the schema says; the type is missing for `**kwargs`, among others."""
-    properties: Mapping[str, Any] = (found.parameter_openapi_schema or {}).get("properties") or {}
-    if not properties:
+    schema = found.parameter_openapi_schema or {}
+    properties: Mapping[str, Any] = schema.get("properties") or {}
+    if not properties and "title" not in schema:
         return None  # what the server gives to a deployment that was made without a schema
     return {
         name: next((str(said[word]) for word in _TYPE_WORDS if word in said), None)

@@ -146,7 +146,7 @@ def _wrap(fn: Callable[P, R], options: ScopeOptions) -> Callable[P, R]:
 def _wrap_sync(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
     @functools.wraps(fn)
     def supervised(*args: Any, **kwargs: Any) -> Any:
-        supervisor = _open(options)
+        supervisor = _open(fn, options)
         if supervisor is None:
             return fn(*args, **kwargs)
         return _scope.run_sync(supervisor, functools.partial(fn, *args, **kwargs))
@@ -157,7 +157,7 @@ def _wrap_sync(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., A
 def _wrap_async(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
     @functools.wraps(fn)
     async def supervised(*args: Any, **kwargs: Any) -> Any:
-        supervisor = _open(options)
+        supervisor = _open(fn, options)
         if supervisor is None:
             return await fn(*args, **kwargs)
         return await _scope.run_async(supervisor, functools.partial(fn, *args, **kwargs))
@@ -168,7 +168,7 @@ def _wrap_async(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., 
 def _wrap_generator(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
     @functools.wraps(fn)
     def supervised(*args: Any, **kwargs: Any) -> Any:
-        supervisor = _open(options)
+        supervisor = _open(fn, options)
         if supervisor is None:
             return (yield from fn(*args, **kwargs))
         return (yield from _scope.run_generator(supervisor, fn(*args, **kwargs)))
@@ -179,7 +179,7 @@ def _wrap_generator(fn: Callable[..., Any], options: ScopeOptions) -> Callable[.
 def _wrap_async_generator(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., Any]:
     @functools.wraps(fn)
     async def supervised(*args: Any, **kwargs: Any) -> Any:
-        supervisor = _open(options)
+        supervisor = _open(fn, options)
         generator = fn(*args, **kwargs)
         if supervisor is not None:
             generator = _scope.run_async_generator(supervisor, generator)
@@ -192,10 +192,12 @@ def _wrap_async_generator(fn: Callable[..., Any], options: ScopeOptions) -> Call
     return supervised
 
 
-def _open(options: ScopeOptions) -> Supervisor | None:
-    """Return a supervisor for the current run; outside any run there is nothing to supervise."""
+def _open(fn: Callable[..., Any], options: ScopeOptions) -> Supervisor | None:
+    """Return a supervisor for the run of *fn*; there is none for `flow.fn(...)` elsewhere."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None or context.flow is None:
+        return None
+    if getattr(context.flow, "unsupervised_fn", None) is not fn:
         return None
     current = current_supervisor.get()
     if current is not None and current.flow_run_id == context.flow_run.id:

@@ -13,6 +13,8 @@ from uuid import UUID
 import attrs
 from prefect.utilities.hashing import hash_objects
 
+from supervised._types import ACTIONS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -62,13 +64,8 @@ class Lineage:
 
 def lineage_of(run_id: UUID, labels: Mapping[str, Any]) -> Lineage:
     """Return the lineage that a run's labels state; a run without them is a root."""
-    path = labels.get(PATH)
-    if not isinstance(path, str) or labels.get(DETACHED):
-        return Lineage(run_id, (run_id,))
-    try:
-        return Lineage(run_id, (*(UUID(part) for part in path.split("/")), run_id))
-    except ValueError:
-        return Lineage(run_id, (run_id,))
+    above = () if labels.get(DETACHED) else path_of(labels)
+    return Lineage(run_id, (*above, run_id))
 
 
 def child_labels(
@@ -116,12 +113,17 @@ def occurrence_key(base: str, occurrence: int) -> str:
     return base if occurrence == 1 else f"{base}#{occurrence}"
 
 
+def path_of(labels: Mapping[str, Any]) -> tuple[UUID, ...]:
+    """Return the supervised runs above a run, from the root down; none if it is not ours."""
+    try:
+        return tuple(UUID(part) for part in str(labels[PATH]).split("/"))
+    except (KeyError, ValueError):
+        return ()
+
+
 def is_below(labels: Mapping[str, Any], ancestor: UUID) -> bool:
     """Whether a run's labels place it below *ancestor*, detached runs excepted."""
-    if labels.get(DETACHED):
-        return False
-    path = labels.get(PATH)
-    return isinstance(path, str) and str(ancestor) in path.split("/")
+    return not labels.get(DETACHED) and ancestor in path_of(labels)
 
 
 def is_ours(labels: Mapping[str, Any], key: str | None) -> bool:
@@ -146,7 +148,13 @@ def marked_by(message: str | None) -> UUID | None:
     return UUID(found[-1]) if found else None
 
 
-def on_parent_of(labels: Mapping[str, Any]) -> dict[str, str]:
+def action_of(labels: Mapping[str, Any], cause: Cause) -> Action:
+    """Return what a parent's end means to a run; a run that is not ours goes with it."""
+    stated = on_parent_of(labels).get(cause)
+    return stated if stated in ACTIONS else "cancel"
+
+
+def on_parent_of(labels: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's policy as its labels state it; empty for runs that are not ours."""
     value = labels.get(ON_PARENT)
     if not isinstance(value, str):

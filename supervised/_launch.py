@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -28,7 +29,7 @@ from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
     import contextvars
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from prefect.client.schemas.objects import FlowRun
@@ -95,15 +96,37 @@ def code_of(target: Flow[..., Any] | str | UUID) -> str:
     return f"{target.fn.__module__}.{target.fn.__qualname__}"
 
 
+def check_tags(target: str, tags: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the tags of a child.
+
+    Raises:
+        SpawnError: If they are not a sequence of strings.
+    """
+    if isinstance(tags, str) or not isinstance(tags or (), Iterable):
+        kind = type(tags).__name__
+        raise SpawnError(f"tags must be a list of strings; got {kind} {tags!r}", child=target)
+    return tuple(tags or ())
+
+
 def freeze_parameters(
-    target: Flow[..., Any] | str | UUID, parameters: Mapping[str, Any]
+    target: Flow[..., Any] | str | UUID, parameters: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return parameters that later changes by the caller do not reach.
 
     What a deployment is given travels as JSON, so it is made that at once; what has no JSON form
     is left for the launch to refuse. An inline flow gets the caller's very objects, as by a call.
+
+    Raises:
+        ParametersError: If they are not a mapping from names.
     """
-    given = dict(parameters)
+    given = parameters if parameters is not None else {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ParametersError(
+            f"The parameters for {target_name(target)!r} must be a dict with the parameters' names "
+            f"as keys; got {type(given).__name__} {given!r:.80}",
+            child=target_name(target),
+        )
+    given = dict(given)
     if isinstance(target, Flow):
         return given
     try:

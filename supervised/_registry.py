@@ -93,6 +93,22 @@ class Registry:
             self._banned = self._banned or why
         self._wake_waiters()
 
+    def ban_if_settled(self, why: str) -> bool:
+        """Admit nothing from now on, unless a child is live; true if nothing is admitted now."""
+        with self._lock:
+            if self._live and self._banned is None:
+                return False
+            self._banned = self._banned or why
+            return True
+
+    def ban_if_empty(self, why: str) -> bool:
+        """Admit nothing from now on, unless there are children."""
+        with self._lock:
+            if self._children:
+                return False
+            self._banned = self._banned or why
+            return True
+
     def when_settled(self) -> concurrent.futures.Future[None]:
         """Return a future that is done once no child is live, or none may be added."""
         future: concurrent.futures.Future[None] = concurrent.futures.Future()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -171,18 +172,19 @@ def _async_thrower(
 
 @contextlib.contextmanager
 def _entered(supervisor: Supervisor) -> Iterator[None]:
-    if ended_supervisor.get() is not None:
-        ended_supervisor.set(None)
     outer = supervisor.outer
     if outer is None:
         yield
         return
     outer.nested.add(supervisor)
-    outer.entered += 1
     try:
         yield
     finally:
         outer.nested.discard(supervisor)
+        child = current_child.get()
+        was_spawned = child is not None and child.flow_run_id == supervisor.flow_run_id
+        if not was_spawned and not supervisor.launched_plainly:
+            outer.harmless_calls.add(supervisor.flow_run_id)
 
 
 @contextlib.contextmanager
@@ -193,6 +195,8 @@ def _current(supervisor: Supervisor) -> Iterator[None]:
             yield
     finally:
         current_supervisor.reset(token)
+        # Prefect's engine runs the flow's hooks in this context, after the scope.
+        ended_supervisor.set(supervisor)
 
 
 def _needs_ending(supervisor: Supervisor, exc: BaseException) -> bool:
@@ -204,16 +208,25 @@ def _needs_ending(supervisor: Supervisor, exc: BaseException) -> bool:
     return supervisor.launched_plainly and classify(supervisor, exc) is not None
 
 
-def classify(supervisor: Supervisor, exc: BaseException) -> Cause | None:
-    """Return how the run ends with this exception; `None` if it will go on elsewhere or later."""
+def classify(
+    supervisor: Supervisor, exc: BaseException, *, ended_body: bool = True
+) -> Cause | None:
+    """Return how the run ends with this exception; `None` if it will go on elsewhere or later.
+
+    Args:
+        supervisor: The scope.
+        exc: The exception.
+        ended_body: Whether it ended the body. One that arrives later is no timeout: the body's
+            had its chance.
+    """
     if isinstance(exc, (Pause, Abort)):
         return None
     intent = _compat.termination_intent()
     if isinstance(exc, (asyncio.CancelledError, TerminationSignal)):
-        if _timed_out(supervisor, exc):
-            return "timed_out"
         if intent not in {None, "cancel"}:
             return None
+        if intent is None and ended_body and _timed_out(supervisor, exc):
+            return "timed_out"
         asked = intent == "cancel" or supervisor.own.cancellation is not None
         return "cancelled" if asked or _cancelled_from_above(supervisor) else "crashed"
     if isinstance(exc, GeneratorExit):
@@ -245,30 +258,33 @@ class _Exit:
     exc: BaseException | None
     cause: Cause | None = None
     is_given_up: bool = False
+    ended_body: bool = True
 
     def interrupted_by(self, exc: BaseException) -> None:
         """Take note of what arrived while waiting; a second Ctrl-C gives the waiting up."""
-        if self._is_ours(exc):
-            _inline.uncancel()
-            return
-        if isinstance(exc, KeyboardInterrupt) and isinstance(self.exc, KeyboardInterrupt):
+        if self._is_repeated(exc):
             self.is_given_up = True
-        if self.exc is None or not isinstance(exc, Exception):
+        is_late_timeout = isinstance(self.exc, Exception) and _timed_out(self.supervisor, exc)
+        if not is_late_timeout and (self.exc is None or not isinstance(exc, Exception)):
             self.exc = exc
+            self.ended_body = self.cause is None
         if self.cause not in {None, *HARD_CAUSES}:
             self.begin()  # a run that was failing is now being cancelled, say
+
+    def _is_repeated(self, exc: BaseException) -> bool:
+        """Whether somebody insists: asyncio turns every Ctrl-C into a `CancelledError`."""
+        if isinstance(exc, KeyboardInterrupt):
+            return isinstance(self.exc, KeyboardInterrupt)
+        is_cancelled = isinstance(self.exc, asyncio.CancelledError)
+        return isinstance(exc, asyncio.CancelledError) and is_cancelled and self.cause == "crashed"
 
     def gives_up(self, deadline: _Deadline) -> bool:
         """Whether to leave what is still being torn down to the report's reader."""
         if not (self.is_given_up or deadline.is_over(self.supervisor)):
             return False
         self.supervisor.log_given_up()
+        self.is_given_up = True
         return True
-
-    def _is_ours(self, exc: BaseException) -> bool:
-        """Whether it is our own interrupt of a body that has ended in the same instant."""
-        sent = self.supervisor.body.was_interrupted
-        return sent and self.exc is None and isinstance(exc, asyncio.CancelledError)
 
     def begin(self) -> concurrent.futures.Future[None] | None:
         """Begin the teardown that the body's end calls for, if it calls for one."""
@@ -278,7 +294,7 @@ class _Exit:
             if ending is None:
                 return None
         else:
-            self.cause = classify(self.supervisor, self.exc)
+            self.cause = classify(self.supervisor, self.exc, ended_body=self.ended_body)
             if self.cause is None:
                 return None
         detail = _detail(self.exc)
@@ -291,16 +307,19 @@ def _leave_sync(supervisor: Supervisor, result: Any, exc: BaseException | None) 
     if exc is None:
         try:
             supervisor.prepare_completion()
-            wait_in_slices(supervisor.children_over())
+            while not supervisor.seal():
+                wait_in_slices(supervisor.children_over())
         except BaseException as interrupt:
             leaving.interrupted_by(interrupt)
-    if (teardown := leaving.begin()) is not None:
+    while (teardown := leaving.begin()) is not None:
         deadline = _Deadline(supervisor.grace_seconds + _SLACK_SECONDS)
         while not teardown.done() and not leaving.gives_up(deadline):
             try:
                 concurrent.futures.wait([teardown], timeout=SLICE_SECONDS)
             except BaseException as interrupt:
                 leaving.interrupted_by(interrupt)
+        if leaving.is_given_up or not supervisor.launched_since_teardown:
+            break
     return _conclude_sync(leaving, result)
 
 
@@ -309,13 +328,16 @@ async def _leave_async(supervisor: Supervisor, result: Any, exc: BaseException |
     if exc is None:
         try:
             supervisor.prepare_completion()
-            # `wait`, because awaiting the future itself would cancel it with us.
-            await asyncio.wait([asyncio.wrap_future(supervisor.children_over())])
+            while not supervisor.seal():
+                # `wait`, because awaiting the future itself would cancel it with us.
+                await asyncio.wait([asyncio.wrap_future(supervisor.children_over())])
         except BaseException as interrupt:
             leaving.interrupted_by(interrupt)
-    if (teardown := leaving.begin()) is not None:
+    while (teardown := leaving.begin()) is not None:
         deadline = _Deadline(supervisor.grace_seconds + _SLACK_SECONDS)
-        await _wait_shielded(leaving, teardown, lambda: leaving.gives_up(deadline))
+        await _wait_shielded(leaving, teardown, functools.partial(leaving.gives_up, deadline))
+        if leaving.is_given_up or not supervisor.launched_since_teardown:
+            break
     return await _conclude_async(leaving, result)
 
 
@@ -349,8 +371,6 @@ class _Deadline:
 
 
 def _conclude_sync(leaving: _Exit, result: Any) -> Any:
-    # Prefect's engine runs the flow's hooks in this context, after the scope.
-    ended_supervisor.set(leaving.supervisor)
     verdict = _judge(leaving, result)
     stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
     if stopped is not None:
@@ -364,7 +384,6 @@ def _conclude_sync(leaving: _Exit, result: Any) -> Any:
 
 
 async def _conclude_async(leaving: _Exit, result: Any) -> Any:
-    ended_supervisor.set(leaving.supervisor)
     verdict = _judge(leaving, result)
     if leaving.supervisor.body.was_interrupted and verdict.answers_interrupt:
         _inline.uncancel()
@@ -444,6 +463,8 @@ def _answers_interrupt(leaving: _Exit) -> bool:
     """Whether the body ended because a scope of ours had interrupted it."""
     if not isinstance(leaving.exc, (asyncio.CancelledError, TerminationSignal)):
         return False
+    if not leaving.ended_body:
+        return False  # we interrupt bodies only, so it is somebody else's
     if _compat.termination_intent() is not None or _timed_out(leaving.supervisor, leaving.exc):
         return False
     scope: Supervisor | None = leaving.supervisor

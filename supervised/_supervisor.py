@@ -29,7 +29,7 @@ from supervised._body import Body
 from supervised._child import Child
 from supervised._context import current_supervisor
 from supervised._control import ControlPlane
-from supervised._errors import NoSupervisorError
+from supervised._errors import NoSupervisorError, ParametersError
 from supervised._inline import InlineRun
 from supervised._own_run import OwnRun
 from supervised._policy import (
@@ -109,7 +109,9 @@ class Supervisor:
         self._report: TeardownReport | None = None
         self.outer = current_supervisor.get()
         self.nested: set[Supervisor] = set()
-        self.entered = 0  # supervised flows that the body has called, over or not
+        self.harmless_calls: set[UUID] = set()  # of supervised flows that launched nothing plainly
+        self._is_completing = False
+        self._launches_seen = (0, 0)
         self.lineage = self._find_lineage()
         self.own = OwnRun(self._run, self.lineage, flow.name, self._on_own_cancellation)
         self.failures: list[Child[Any]] = []
@@ -221,8 +223,10 @@ class Supervisor:
         self._require_own_process()
         checked = _launch.check_target(target)
         check_seconds("timeout_seconds", timeout_seconds)
-        given = _launch.freeze_parameters(checked, parameters or {})
         label = _launch.target_name(checked)
+        given = _launch.freeze_parameters(checked, parameters)
+        all_tags = (*_launch.ambient_tags(checked), *_launch.check_tags(label, tags))
+        task_inputs = _task_inputs(label, given, self._run.id)
         policy = self._policy_for(checked, on_parent)
         if (ending := self._nearest_ending()) is not None:
             self._registry.ban(describe_ban(ending))
@@ -251,15 +255,21 @@ class Supervisor:
                 parameters=given,
                 lineage=self.lineage,
                 run_name=name,
-                tags=(*_launch.ambient_tags(checked), *(tags or ())),
-                task_inputs=_task_inputs(given, self._run.id),
+                tags=all_tags,
+                task_inputs=task_inputs,
                 context=contextvars.copy_context(),
                 home_loop=self.body.loop,
                 scheduled_time=scheduled_time,
                 work_queue_name=work_queue_name,
                 job_variables=job_variables,
             )
-            self._start(child, spec)
+            try:
+                self._start(child, spec)
+            except BaseException as exc:
+                child.settle("failed", exception=exc)  # or the scope would wait for it
+                raise
+            if self._is_completing:
+                self._complete(child)
         return child
 
     def cancel(self, reason: str | None = None) -> None:
@@ -303,7 +313,12 @@ class Supervisor:
     def launched_plainly(self) -> bool:
         """Whether the body called plain `run_deployment`, or a plain flow that may have."""
         deployments, flows = _compat.plain_launches(self._context)
-        return deployments > 0 or flows > self.entered
+        return deployments > 0 or flows > len(self.harmless_calls)
+
+    @property
+    def launched_since_teardown(self) -> bool:
+        """Whether the body has called plain `run_deployment`, or a flow, since it was torn down."""
+        return _compat.plain_launches(self._context) != self._launches_seen
 
     def owns(self, child: Child[Any]) -> bool:
         """Whether this scope spawned the child."""
@@ -331,9 +346,10 @@ class Supervisor:
             A future that is done when the report is there.
         """
         with self._lock:
-            if self._teardown is not None:
+            if self._teardown is not None and not self._is_outdated(self._teardown):
                 self._hurry(cause, reason)
                 return self._teardown
+            self._launches_seen = _compat.plain_launches(self._context)
             self._ending = (cause, reason)
             self._registry.ban(describe_ban(reason))
             self._teardown = self._engage().submit(self._tear_down)
@@ -341,6 +357,10 @@ class Supervisor:
             if inner.is_engaged:
                 inner.begin_teardown("cancelled", reason)
         return self._teardown
+
+    def _is_outdated(self, teardown: concurrent.futures.Future[None]) -> bool:
+        """Whether a body that went on after a teardown has launched something plainly."""
+        return teardown.done() and self.launched_since_teardown
 
     @property
     def is_waiting(self) -> bool:
@@ -360,13 +380,20 @@ class Supervisor:
 
     def prepare_completion(self) -> None:
         """Apply `on_parent` for a body that returned to the children that are not waited for."""
-        reason = parent_reason("completed", self._flow.name)
+        self._is_completing = True
         for child in self._registry.live():
-            action = child.on_parent["completed"]
-            if action == "cancel":
-                self._cancel_child(child, reason)
-            elif action == "detach":
-                child.detach()
+            self._complete(child)
+
+    def _complete(self, child: Child[Any]) -> None:
+        action = child.on_parent["completed"]
+        if action == "cancel":
+            self._cancel_child(child, parent_reason("completed", self._flow.name))
+        elif action == "detach":
+            child.detach()
+
+    def seal(self) -> bool:
+        """Admit no more children, unless there are live ones to wait for."""
+        return self._registry.ban_if_settled("the flow has ended")
 
     def log_given_up(self) -> None:
         """Name what may still be alive when the body's side stops waiting for the teardown."""
@@ -383,9 +410,8 @@ class Supervisor:
     def close_if_unused(self) -> bool:
         """End a scope in which nothing was spawned; false if there is something to end."""
         with self._lock:
-            if self._plane is not None or self._registry.all():
+            if self._plane is not None or not self._registry.ban_if_empty("the flow has ended"):
                 return False
-            self._registry.ban("the flow has ended")
             self._closed = True
             return True
 
@@ -614,12 +640,13 @@ class Supervisor:
             reason=reason,
             children=self._registry.all,
             in_body=self._runs_in_body,
+            body_runs=lambda: self.body.is_running,
             budget=Budget(self._options.grace_seconds),
             delegate_to=self.own.delegate_to,
             span=span,
         )
         report = await self._tearing.run()
-        self._report = report
+        self._report = report = report.after(self._report)
         if report.receipts:
             self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
         vouched = {r.flow_run_id for r in report.receipts if r.status in {"cancelled", "forced"}}
@@ -679,11 +706,21 @@ class Supervisor:
             )
 
 
-def _task_inputs(parameters: Mapping[str, Any], flow_run_id: UUID) -> dict[str, Any]:
-    """Return what links the child to upstream tasks, as `run_deployment` records it."""
-    inputs: dict[str, Any] = {
-        name: list(collect_task_run_inputs_sync(value)) for name, value in parameters.items()
-    }
+def _task_inputs(target: str, parameters: Mapping[str, Any], flow_run_id: UUID) -> dict[str, Any]:
+    """Return what links the child to upstream tasks, as `run_deployment` records it.
+
+    Raises:
+        ParametersError: If the parameters are nested too deeply to be searched.
+    """
+    try:
+        inputs: dict[str, Any] = {
+            name: list(collect_task_run_inputs_sync(value)) for name, value in parameters.items()
+        }
+    except RecursionError as exc:
+        raise ParametersError(
+            f"The parameters for {target!r} are nested too deeply. Pass a reference to the data.",
+            child=target,
+        ) from exc
     task = TaskRunContext.get()
     if task is not None and task.task_run.flow_run_id == flow_run_id:
         inputs["__parents__"] = [TaskRunResult(id=task.task_run.id)]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import time
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import anyio
+import anyio.lowlevel
 import attrs
 from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
@@ -25,6 +25,7 @@ from supervised._types import Action, CancelReason, Cause, Receipt, TeardownRepo
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from datetime import datetime
+    from uuid import UUID
 
     from prefect.client.schemas.objects import FlowRun, State
 
@@ -41,6 +42,7 @@ _READ_SECONDS_WITH_EVENTS = 2.0
 _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
 _LOOK_SECONDS = 0.05
+_INLINE_SECONDS = 1.0
 _REQUEST_SECONDS = 8.0
 _FOREIGN_SECONDS = 2.0
 _ASKING_SECONDS = 5.0
@@ -63,7 +65,7 @@ class _Target:
     escalations: list[str] = attrs.field(factory=list)
     error: str = ""
     found: float = attrs.field(factory=time.monotonic)
-    ancestors: tuple[str, ...] = ()
+    above: frozenset[UUID] = frozenset()  # as far as its labels say
     was_read: bool = False  # since it was asked: what is known from before proves nothing
 
     @property
@@ -97,7 +99,8 @@ class Teardown:
         cause: How that run ends.
         reason: The same in words; it becomes the state message of every cancelled run.
         children: The registry's children, direct and known, over or not.
-        in_body: Runs that the body itself is executing inline; they end with it.
+        in_body: Supervised runs in this process, below the body; they have teardowns of their own.
+        body_runs: Whether the body is still running, and with it what it has called plainly.
         budget: Seconds for all of it.
         delegate_to: An ancestor that tears the same tree down and verifies it.
         top: The run below which to search, if not the supervised run itself.
@@ -115,6 +118,7 @@ class Teardown:
         reason: CancelReason,
         children: Callable[[], Iterable[Child[Any]]],
         in_body: Callable[[], set[UUID]],
+        body_runs: Callable[[], bool] = lambda: False,
         budget: Budget,
         delegate_to: UUID | None = None,
         top: UUID | None = None,
@@ -128,6 +132,7 @@ class Teardown:
         self._reason = reason
         self._children = children
         self._in_body = in_body
+        self._body_runs = body_runs
         self._budget = budget
         self._delegate_to = delegate_to
         self._top = top or lineage.run_id
@@ -137,8 +142,9 @@ class Teardown:
         self._read_cost = 0.0
         self._read_at = time.monotonic()
         self._news = watcher.news
-        self._search_error = ""
+        self._search_error = "" if delegate_to else "there was no time for it"
         self._is_waiting = False
+        self._bound: anyio.CancelScope | None = None
         self._started = time.monotonic()
         self._started_at = now("UTC")
 
@@ -152,6 +158,7 @@ class Teardown:
             await self._ask()  # whatever the grace: it is for waiting
         await self._wait_within_budget()
         await self._wait_for_the_patient()
+        await self._last_look()
         report = self._report()
         if self._span is not None:
             self._span.end(report)
@@ -173,8 +180,23 @@ class Teardown:
             return
         self._cause, self._reason = cause, reason
         self._started = time.monotonic()
-        for key in [key for key, target in self._targets.items() if target.action == "wait"]:
-            del self._targets[key]  # the next sweep takes it up under the new cause
+        if self._bound is not None:
+            self._bound.deadline = anyio.current_time() + self._budget.total
+        for key, target in list(self._targets.items()):
+            if target.action == "wait":
+                target.action = self._action_for(target)
+            if target.action == "detach":
+                del self._targets[key]
+                self._take_children()  # lets it go
+
+    def _action_for(self, target: _Target) -> Action:
+        """Return what the present cause means to a target that is not over."""
+        if target.child is not None:
+            return target.child.on_parent[self._cause]
+        assert target.run is not None
+        return _identity.action_of(
+            target.run.labels, self._cause if target.depth == 1 else "cancelled"
+        )
 
     async def _ask(self) -> None:
         self._take_children()
@@ -184,10 +206,9 @@ class Teardown:
             await self._request()
 
     async def _wait_within_budget(self) -> None:
-        with anyio.move_on_after(self._budget.total - self._elapsed) as scope:
+        with anyio.move_on_after(self._budget.total - self._elapsed) as self._bound:
             await self._wait()
-        if scope.cancelled_caught:
-            await self._last_look()
+        self._bound = None
 
     async def _wait_for_the_patient(self) -> None:
         """Wait for the children whose policy says so, unless a harder end overtakes us."""
@@ -221,6 +242,7 @@ class Teardown:
             await self._wait_for_inline()
             return
         swept = time.monotonic()
+        await anyio.lowlevel.checkpoint()  # with no budget left, nothing is escalated either
         while True:
             await self._read_if_due(self._pending())
             await self._escalate()
@@ -232,7 +254,7 @@ class Teardown:
             if time.monotonic() - swept > (_SWEEP_SECONDS_WITH_EVENTS if hears else _SWEEP_SECONDS):
                 await self._sweep()
                 swept = time.monotonic()
-            await anyio.sleep(_LOOK_SECONDS)
+            await anyio.sleep(_READ_SECONDS if self._search_error else _LOOK_SECONDS)
 
     async def _read_if_due(self, targets: list[_Target]) -> None:
         """Read when something has ended or begun since the last time, or enough time has passed."""
@@ -258,6 +280,8 @@ class Teardown:
             target.child is None
             and not target.runs_remotely
             and not self._hosts_of(target)
+            and not self._body_runs()
+            and self._in_body().isdisjoint(target.above)
             and time.monotonic() - target.found > _FOREIGN_SECONDS
         )
 
@@ -293,26 +317,31 @@ class Teardown:
 
     async def _discover(self) -> None:
         """Find the live runs of all levels: ours by tag, everybody else's by parent link."""
+        known_error = self._search_error
+        self._search_error = "there was no time for it"  # should the budget end the search
         try:
             await self._discover_tagged()
             await self._discover_linked()
             self._search_error = ""
         except Exception as exc:
             self._search_error = repr(exc)
-            logger.warning("Could not search the tree of %s; trying again", self._lineage.run_id)
+            level = logging.DEBUG if known_error == self._search_error else logging.WARNING
+            logger.log(level, "Could not search the tree of %s; trying again", self._lineage.run_id)
             logger.debug("Searching failed", exc_info=True)
 
     async def _discover_tagged(self) -> None:
         own = self._top
-        for run in await self._api.read_tagged(self._lineage.tag, live_only=True):
+        tagged = await self._api.read_tagged(self._lineage.tag, live_only=True)
+        # Before the others: what a detached run has launched still carries the old path.
+        self._spared |= {run.id for run in tagged if run.labels.get(_identity.DETACHED)}
+        for run in tagged:
             if run.id == own or not _identity.is_below(run.labels, own):
                 continue
             if not _identity.is_ours(run.labels, run.idempotency_key):
                 continue
-            path = str(run.labels.get(_identity.PATH)).split("/")
-            if self._spared.intersection(UUID(part) for part in path):
-                continue
-            self._take_run(run, depth=len(path) - path.index(str(own)))
+            path = _identity.path_of(run.labels)
+            if self._spared.isdisjoint(path):
+                self._take_run(run, depth=len(path) - path.index(own))
 
     async def _discover_linked(self) -> None:
         frontier = {self._top} | {
@@ -345,18 +374,17 @@ class Teardown:
         for child in self._children():
             if child.flow_run_id == run.id or _same_spawn(child, run):
                 return  # its own target, or about to be
-        action = _identity.on_parent_of(run.labels).get(
-            self._cause if depth == 1 else "cancelled", "cancel"
-        )
+        action = _identity.action_of(run.labels, self._cause if depth == 1 else "cancelled")
         if action == "detach":
             self._spared.add(run.id)
             return
         self._targets[run.id] = _Target(
             name=run.name,
             depth=depth,
-            action="wait" if action == "wait" else "cancel",
+            action=action,
             run=run,
             state=run.state,
+            above=frozenset(_identity.path_of(run.labels)),
         )
 
     # -- request ----------------------------------------------------------------------------
@@ -432,14 +460,22 @@ class Teardown:
             self._watcher.hint(target.run_id)
 
     async def _last_look(self) -> None:
-        """Read once more after the budget is spent, so that the report is as true as it can be."""
+        """Read once more what is not known to be over, so that the report is true when written."""
+        if self._delegate_to is not None:
+            return
+        with anyio.move_on_after(_INLINE_SECONDS):
+            # Whatever the grace: their engines need a moment to write what has become of them.
+            await self._wait_for_inline()
+        open_ends = [t for t in self._targets.values() if t.state is None or not t.state.is_final()]
         with anyio.move_on_after(2.0, shield=True):
-            await self._verify(self._live())
+            await self._verify([t for t in open_ends if t.runs_remotely or not t.is_over])
 
     async def _wait_for_inline(self) -> None:
         """Wait for what runs in this process; an ancestor verifies everything else."""
         while any(t.child is not None and t.child.kind == "inline" for t in self._pending()):
-            await anyio.sleep(0.05)
+            await anyio.sleep(_LOOK_SECONDS)
+            self._lose_patience()
+            await self._request()
             await self._escalate()
 
     # -- escalate ---------------------------------------------------------------------------
@@ -509,10 +545,7 @@ class Teardown:
 
     def _hosts_of(self, target: _Target) -> list[_Target]:
         """Return the deployed runs above an inline one; the nearest is its process."""
-        above = set(target.ancestors)
-        if target.run is not None:
-            above |= set(str(target.run.labels.get(_identity.PATH, "")).split("/"))
-        return [t for t in self._targets.values() if t.runs_remotely and str(t.run_id) in above]
+        return [t for t in self._targets.values() if t.runs_remotely and t.run_id in target.above]
 
     def _first(self, target: _Target, step: str, waited: float) -> bool:
         """Record a step, once; false if it was taken before."""
@@ -564,8 +597,8 @@ class Teardown:
     def _receipt(self, target: _Target) -> Receipt:
         child = target.child
         outcome = child.outcome if child is not None else None
-        if outcome is None and target.state is not None:
-            outcome = outcome_of(target.state, asked=True)
+        if outcome in {None, "abandoned"} and target.state is not None:
+            outcome = outcome_of(target.state, asked=True) or outcome
         over = target.is_over or outcome is not None
         delegated = self._delegate_to is not None and target.acknowledged_at is not None
         status = receipt_status(

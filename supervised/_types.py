@@ -174,6 +174,14 @@ class TeardownReport:
         """Whether every run is known to be over, or was detached on purpose."""
         return not self.unverified
 
+    def after(self, earlier: TeardownReport | None) -> TeardownReport:
+        """Return this report with the receipts of an earlier one for the runs it does not name."""
+        if earlier is None:
+            return self
+        named = {receipt.flow_run_id for receipt in self.receipts}
+        kept = (receipt for receipt in earlier.receipts if receipt.flow_run_id not in named)
+        return attrs.evolve(self, receipts=(*kept, *self.receipts))
+
     def counts(self) -> dict[ReceiptStatus, int]:
         """How many runs ended in each way, most frequent first."""
         seen: dict[ReceiptStatus, int] = {}

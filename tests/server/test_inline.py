@@ -1,6 +1,7 @@
 """Inline children: flows that run in the parent's process, and end with it."""
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import signal
@@ -27,7 +28,9 @@ from supervised import (
     ChildFailed,
     ChildTimedOut,
     NoSupervisorError,
+    ParametersError,
     ScopeClosedError,
+    SpawnError,
     supervised_flow,
     supervisor,
 )
@@ -1066,3 +1069,142 @@ def test_ten_runs_in_a_row_leave_no_thread_and_no_socket():
     # Prefect's workers for logs and events may each be opening or closing a connection.
     growth = [last - first for first, last in zip(counts[0], counts[-1], strict=True)]
     assert max(growth) <= 2, counts
+
+
+# -- the edges of a scope -----------------------------------------------------------------------
+
+
+def test_what_is_spawned_while_the_scope_ends_is_supervised_or_refused():
+    """A thread spawns in a loop, and the last child may end in any instant."""
+    children, refused = [], threading.Event()
+
+    @supervised_flow
+    def parent():
+        def spawn_on():
+            try:
+                for _ in range(200):
+                    children.append(supervisor.spawn(triple, {"x": 1}))
+                    children[-1].result(timeout=30)
+            except ScopeClosedError:
+                refused.set()
+
+        threading.Thread(target=contextvars.copy_context().run, args=(spawn_on,)).start()
+        time.sleep(0.3)
+
+    parent()
+    assert all(child.is_over for child in children)
+
+
+def test_a_child_that_is_spawned_after_the_body_has_returned_follows_its_policy():
+    late = []
+
+    @flow
+    async def spawns_a_monitor():
+        await asyncio.sleep(0.3)
+        monitor = supervisor.spawn(forever, on_parent={"completed": "cancel"})
+        late.append(monitor)
+
+    @supervised_flow
+    async def parent():
+        supervisor.spawn(spawns_a_monitor)
+
+    asyncio.run(parent())
+    assert late[0].outcome == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "options", "error"),
+    [
+        ([1], {}, ParametersError),
+        ({1: 2}, {}, ParametersError),
+        ({"x": 1}, {"tags": 5}, SpawnError),
+        ({"x": 1}, {"tags": "one"}, SpawnError),
+    ],
+)
+def test_a_spawn_that_raises_leaves_no_child_behind(parameters, options, error):
+    @supervised_flow
+    async def parent():
+        with pytest.raises(error, match="must be"):
+            supervisor.spawn(double, parameters, **options)
+        return len(supervisor.children)
+
+    assert asyncio.run(parent()) == 0
+
+
+def test_calling_the_function_of_another_flow_supervises_nothing():
+    @supervised_flow
+    async def helper():
+        with pytest.raises(NoSupervisorError):
+            supervisor.spawn(double, {"x": 1})
+        return 1
+
+    @flow
+    async def outer():
+        return await helper.fn()
+
+    assert asyncio.run(outer()) == 1
+
+
+def test_slow_cleanup_of_a_nested_scope_is_waited_for():
+    @flow
+    async def cleans_up():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(3)
+
+    @supervised_flow
+    async def inner():
+        await running(supervisor.spawn(cleans_up))
+        await asyncio.sleep(3600)
+
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn(inner)
+        await running(child)
+        await asyncio.sleep(1)
+        raise KeyError("body")
+
+    with pytest.raises(KeyError, match="body"):
+        asyncio.run(parent())
+
+
+def test_a_cancellation_that_a_body_has_swallowed_does_not_hide_the_next_one():
+    @flow
+    async def slow_to_end():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(3)
+
+    @supervised_flow
+    async def parent():
+        supervisor.spawn(slow_to_end)
+        supervisor.spawn(broken, {"after": 0.5})
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+    async def main():
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(parent(return_state=True), 2)
+
+    asyncio.run(main())
+
+
+def test_sigterm_after_the_timeout_is_no_timeout():
+    """The timeout has ended the body already; what comes later is something else."""
+
+    @supervised_flow(timeout_seconds=1, on_parent={"timed_out": "wait"}, grace_seconds=6)
+    async def parent():
+        children.append(supervisor.spawn(forever))
+        asyncio.get_running_loop().call_later(2.5, asyncio.current_task().cancel)
+        await asyncio.sleep(3600)
+
+    children = []
+    began = time.monotonic()
+    with pytest.raises(BaseException):  # noqa: B017 - Prefect decides which
+        asyncio.run(parent())
+    assert children[0].outcome == "cancelled"
+    assert time.monotonic() - began < 8

@@ -209,6 +209,7 @@ def test_a_scope_says_what_it_was_and_what_became_of_its_children(day: Played) -
         "supervised.children.timed_out": 0,
         "supervised.children.cancelled": 0,
         "supervised.children.abandoned": 0,
+        "supervised.children.detached": 1,
     }
     assert scope.status == "UNSET"
 
