@@ -8,6 +8,7 @@ not depend on the user's loop. What crosses is a handful of flags under one lock
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import logging
 import os
@@ -56,7 +57,6 @@ from supervised._types import (
 from supervised._watch import Watcher, open_watcher
 
 if TYPE_CHECKING:
-    import concurrent.futures
     from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
@@ -346,6 +346,8 @@ class Supervisor:
             A future that is done when the report is there.
         """
         with self._lock:
+            if self._closed:
+                return _done()
             if self._teardown is not None and not self._is_outdated(self._teardown):
                 self._hurry(cause, reason)
                 return self._teardown
@@ -704,6 +706,13 @@ class Supervisor:
                 f"This process was forked from run {self._run.id} and cannot spawn for it. "
                 "Spawn in the flow's own process."
             )
+
+
+def _done() -> concurrent.futures.Future[None]:
+    """Return a future of something that needs not be done."""
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.set_result(None)
+    return future
 
 
 def _task_inputs(target: str, parameters: Mapping[str, Any], flow_run_id: UUID) -> dict[str, Any]:
