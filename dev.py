@@ -49,10 +49,12 @@ def main(arguments: list[str]) -> int:
 
 
 def pytest_options(rest: list[str]) -> list[str]:
+    """Two workers, each with a server of its own: most of the time the tests wait for processes."""
+    workers = ["-n", "2", "--dist", "loadfile"]
     if "--fast" in rest:
         rest = [option for option in rest if option != "--fast"]
-        return ["-m", "not server", *rest]
-    return rest
+        return ["-m", "not server", *workers, *rest]
+    return [*workers, *rest]
 
 
 def check() -> int:
