@@ -229,7 +229,7 @@ def test_a_hook_that_takes_both_calls_stays_itself(hook):
         (AsyncCallable(), "AsyncCallable"),
         (Callable().method, "method"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_stand_in_appears_in_logs_under_the_users_name(hook, name):
     stand_in = normalise_hook("on_failure", hook)
