@@ -101,7 +101,9 @@ def test_an_inline_child_cannot_be_detached(server):
     in_a_scope(act)
 
 
-@pytest.mark.parametrize("target", ["nobody/home", str(uuid4()), uuid4()])
+@pytest.mark.parametrize(
+    "target", ["nobody/home", str(uuid4()), uuid4()], ids=["name", "text of an id", "id"]
+)
 def test_an_unknown_deployment_is_the_childs_outcome(server, target):
     async def act():
         child = supervisor.spawn(target, name="lost")
