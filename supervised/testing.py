@@ -78,12 +78,16 @@ def local_server(
             home = Path(stack.enter_context(folder))
         port = _free_port()
         url = f"http://127.0.0.1:{port}/api"
+        # Prefect's runners keep flows in a folder of a fixed name below the temporary one, which
+        # on a shared machine belongs to whoever was there first.
+        (home / "tmp").mkdir(parents=True, exist_ok=True)
         # The profile's API URL must not win over the server's own.
         env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         env |= {
             "PREFECT_HOME": str(home),
             "PREFECT_API_URL": url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "TMPDIR": str(home / "tmp"),
             **(settings or {}),
         }
         command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui"]

@@ -77,7 +77,10 @@ class Demo:
         deployment = self.client.read_deployment_by_name("nightly/demo")
         self.root = self.client.create_flow_run_from_deployment(deployment.id).id
         console.rule("before: the tree is running")
-        self.show_until(self.all_running, seconds=120)
+        if not self.show_until(self.all_running, seconds=120):
+            console.print((self.folder / "runner.log").read_text()[-3000:], markup=False)
+            console.rule("the tree did not start: see the runner's log above")
+            return 1
         console.rule("prefect flow-run cancel, on the root only")
         self.began = time.monotonic()
         self.client.set_flow_run_state(self.root, Cancelling())
@@ -119,7 +122,7 @@ class Demo:
 
     # -- answers ----------------------------------------------------------------------------
 
-    def show_until(self, condition: Callable[[], bool], *, seconds: float) -> None:
+    def show_until(self, condition: Callable[[], bool], *, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         with Live(self.table(), console=console, transient=False) as live:
             while not condition() and time.monotonic() < deadline:
@@ -128,6 +131,7 @@ class Demo:
             live.update(self.table())
         if not console.is_terminal:
             console.print()
+        return condition()
 
     def table(self) -> Table:
         table = Table(title=f"{time.monotonic() - self.began:.0f} s", title_justify="left")
