@@ -385,7 +385,8 @@ def _conclude_sync(leaving: _Exit, result: Any) -> Any:
 
 async def _conclude_async(leaving: _Exit, result: Any) -> Any:
     verdict = _judge(leaving, result)
-    if leaving.supervisor.body.was_interrupted and verdict.answers_interrupt:
+    is_interrupted = leaving.supervisor.body.was_interrupted or _is_cancelled_by_runner(leaving)
+    if is_interrupted and verdict.answers_interrupt:
         _inline.uncancel()
     stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
     if stopped is not None:
@@ -436,6 +437,9 @@ class _Verdict:
 
 def _judge(leaving: _Exit, result: Any) -> _Verdict:
     supervisor, exc = leaving.supervisor, leaving.exc
+    if _is_cancelled_by_runner(leaving):
+        message = supervisor.own.cancellation or "Cancelled by its runner"
+        return _Verdict(cancelled=message + _unverified(supervisor))
     if exc is not None and not isinstance(exc, Exception) and not _answers_interrupt(leaving):
         return _Verdict(exc=exc)
     if supervisor.own.cancellation is not None:
@@ -457,6 +461,23 @@ def _unverified(supervisor: Supervisor) -> str:
     """Return what a cancelled run has to say of survivors: it raises nothing that could."""
     report = supervisor.report
     return f". {TeardownError(report)}" if report is not None and not report.ok else ""
+
+
+def _is_cancelled_by_runner(leaving: _Exit) -> bool:
+    """Whether a runner ends this process because the run is being cancelled.
+
+    Then the run's state is written here. Prefect's engine leaves that to the runner, which looks
+    for the process 3 s later, and once more every 3 s (runner/_process_manager.py, `kill`); and of
+    an async flow it logs the signal as an unhandled exception.
+    """
+    supervisor = leaving.supervisor
+    return (
+        leaving.cause == "cancelled"
+        and isinstance(leaving.exc, (asyncio.CancelledError, TerminationSignal))
+        and supervisor.outer is None
+        and _compat.termination_intent() == "cancel"
+        and _compat.runner_owns(supervisor.flow_run_id)
+    )
 
 
 def _answers_interrupt(leaving: _Exit) -> bool:
