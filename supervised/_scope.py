@@ -437,15 +437,10 @@ class _Verdict:
 
 def _judge(leaving: _Exit, result: Any) -> _Verdict:
     supervisor, exc = leaving.supervisor, leaving.exc
-    if _is_cancelled_by_runner(leaving):
-        message = supervisor.own.cancellation or "Cancelled by its runner"
+    if (message := _cancellation(leaving)) is not None:
         return _Verdict(cancelled=message + _unverified(supervisor))
-    if exc is not None and not isinstance(exc, Exception) and not _answers_interrupt(leaving):
+    if _is_interrupt(exc) and not _answers_interrupt(leaving):
         return _Verdict(exc=exc)
-    if supervisor.own.cancellation is not None:
-        return _Verdict(cancelled=supervisor.own.cancellation + _unverified(supervisor))
-    if _answers_interrupt(leaving) and not supervisor.failures:
-        return _Verdict(cancelled="Cancelled together with its parent" + _unverified(supervisor))
     errors = _errors(supervisor, exc)
     if not errors:
         return _Verdict(result=result, exc=exc)
@@ -455,6 +450,24 @@ def _judge(leaving: _Exit, result: Any) -> _Verdict:
     group = ExceptionGroup(f"{len(errors)} failure(s) in supervised flow '{name}'", errors)
     group.__cause__ = exc if exc not in errors else None
     return _Verdict(exc=group)
+
+
+def _cancellation(leaving: _Exit) -> str | None:
+    """Return what the run's state is to say of its cancellation, if that is how it ends here."""
+    supervisor = leaving.supervisor
+    if _is_cancelled_by_runner(leaving):
+        return supervisor.own.cancellation or "Cancelled by its runner"
+    if _is_interrupt(leaving.exc) and not _answers_interrupt(leaving):
+        return None
+    if supervisor.own.cancellation is not None:
+        return supervisor.own.cancellation
+    if _answers_interrupt(leaving) and not supervisor.failures:
+        return "Cancelled together with its parent"
+    return None
+
+
+def _is_interrupt(exc: BaseException | None) -> bool:
+    return exc is not None and not isinstance(exc, Exception)
 
 
 def _unverified(supervisor: Supervisor) -> str:
