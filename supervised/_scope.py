@@ -480,8 +480,7 @@ def _is_cancelled_by_runner(leaving: _Exit) -> bool:
     """Whether a runner ends this process because the run is being cancelled.
 
     Then the run's state is written here. Prefect's engine leaves that to the runner, which looks
-    for the process 3 s later, and once more every 3 s (runner/_process_manager.py, `kill`); and of
-    an async flow it logs the signal as an unhandled exception.
+    for the process 3 s later, and once more every 3 s (runner/_process_manager.py, `kill`).
     """
     supervisor = leaving.supervisor
     return (
