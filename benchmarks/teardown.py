@@ -48,7 +48,8 @@ def main() -> int:
     options = arguments()
     rows = []
     with stage() as (home, client, server):
-        for tree, (root, children, processes) in CASES.items():
+        for tree in options.trees:
+            root, children, processes = CASES[tree]
             for ending in options.endings:
                 times = []
                 for repetition in range(options.repetitions):
@@ -74,6 +75,7 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--trees", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--endings", nargs="*", default=ENDINGS, choices=ENDINGS)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
