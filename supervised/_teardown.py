@@ -336,15 +336,18 @@ class Teardown:
         own = self._top
         tagged = await self._api.read_tagged(self._lineage.tag, live_only=True)
         # Before the others: what a detached run has launched still carries the old path.
-        self._spared |= {run.id for run in tagged if run.labels.get(_identity.DETACHED)}
+        # The run itself may be detached, from what is above it; that spares nothing below.
+        detached = {run.id for run in tagged if run.labels.get(_identity.DETACHED)}
+        self._spared |= detached - {own}
         for run in tagged:
             if run.id == own or not _identity.is_below(run.labels, own):
                 continue
             if not _identity.is_ours(run.labels, run.idempotency_key):
                 continue
             path = _identity.path_of(run.labels)
-            if self._spared.isdisjoint(path):
-                self._take_run(run, depth=len(path) - path.index(own))
+            between = path[path.index(own) + 1 :]
+            if self._spared.isdisjoint(between):
+                self._take_run(run, depth=len(between) + 1)
 
     async def _discover_linked(self) -> None:
         frontier = {self._top} | {
