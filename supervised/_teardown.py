@@ -339,15 +339,29 @@ class Teardown:
         # The run itself may be detached, from what is above it; that spares nothing below.
         detached = {run.id for run in tagged if run.labels.get(_identity.DETACHED)}
         self._spared |= detached - {own}
-        for run in tagged:
+        # Parents before their children: what is to become of a run decides on all below it.
+        for run in sorted(tagged, key=lambda run: len(_identity.path_of(run.labels))):
             if run.id == own or not _identity.is_below(run.labels, own):
                 continue
             if not _identity.is_ours(run.labels, run.idempotency_key):
                 continue
             path = _identity.path_of(run.labels)
             between = path[path.index(own) + 1 :]
-            if self._spared.isdisjoint(between):
+            if not any(self._is_left_alone(run_id) for run_id in between):
                 self._take_run(run, depth=len(between) + 1)
+
+    def _is_left_alone(self, run_id: UUID) -> bool:
+        """Whether a run goes on, for good or for now, so that what is below it is its own."""
+        if run_id in self._spared:
+            return True
+        target = self._target_of(run_id)
+        return target is not None and target.action == "wait" and not target.is_over
+
+    def _target_of(self, run_id: UUID) -> _Target | None:
+        for target in self._targets.values():
+            if target.run_id == run_id:
+                return target
+        return None
 
     async def _discover_linked(self) -> None:
         frontier = {self._top} | {
@@ -356,7 +370,7 @@ class Teardown:
         frontier |= {t.run_id for t in self._targets.values() if t.run_id is not None}
         seen = set(frontier)
         depth = 1
-        while frontier := frontier - self._spared:
+        while frontier := {run_id for run_id in frontier if not self._is_left_alone(run_id)}:
             found = await self._api.read_children(frontier)
             for run in found:
                 if run.labels.get(_identity.DETACHED):
@@ -374,9 +388,8 @@ class Teardown:
         if run.labels.get(_identity.DETACHED) or run.id in self._spared:
             self._spared.add(run.id)
             return
-        for target in self._targets.values():
-            if target.run_id == run.id:
-                return
+        if self._target_of(run.id) is not None:
+            return
         for child in self._children():
             if child.flow_run_id == run.id or _same_spawn(child, run):
                 return  # its own target, or about to be

@@ -167,3 +167,19 @@ def test_a_completed_body_waits_for_its_children(deployed: World) -> None:
     deployed.tell("finish-1")
     assert_all_gone(deployed, root.id)
     assert deployed.run(root.id).state.is_completed()
+
+
+def test_what_lies_below_a_child_that_is_waited_for_is_waited_for_too(deployed: World) -> None:
+    root = deployed.start("root/test", children=["waited", "leaf/test"])
+    deployed.wait_for_start(6)
+    sibling = next(run for run in deployed.tree(root.id)[1:3] if run.parameters.get("part") == 1)
+    deployed.tell("raise")
+    eventually(
+        lambda: deployed.run(sibling.id).state.is_cancelled(), seconds=SOON, what="one is cancelled"
+    )
+    assert len(deployed.alive()) == 5
+    for part in range(3):
+        deployed.tell(f"finish-{part}")
+    assert_all_gone(deployed, root.id)
+    states = [run.state.name for run in deployed.tree(root.id)]
+    assert sorted(states) == ["Cancelled", *["Completed"] * 4, "Failed"]
