@@ -5,11 +5,15 @@ General layout, every module importing only from those below it:
 - `_flow`: `@supervised_flow`, `SupervisedFlow`.
 - `_scope`: what a flow's function is wrapped in: entering, leaving, what to raise.
 - `_supervisor`: `Supervisor`; spawns, hears of the run's end, begins the teardown.
-- `_teardown`, `_launch`, `_watch`, `_own_run`: what the control plane does.
+- `_orphans`, `_reap`, `_tree`: the same from outside: finding, ending and showing what is left.
+- `_teardown`, `_launch`, `_watch`: the three things the control plane does for children.
+- `_own_run`, `_link`, `_lease`: and for the run itself: its cancellation, its parent, its life.
 - `_inline`, `_body`: code that runs here: a child's, and the flow's own.
 - `_registry`, `_child`: the children of one scope, and the handle of one child.
+- `_host`: the process that all of this runs in.
 - `_api`, `_telemetry`, `_control`: Prefect's client, OpenTelemetry, the thread.
 - `_proxy`, `_context`, `_hooks`, `_compat`: what is current; user hooks; Prefect's private parts.
+- `_bell`, `_clock`: what signals come, and what time it is.
 - `_policy`, `_identity`, `_errors`, `_types`: decisions, names and values, all pure.
 """
 

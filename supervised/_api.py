@@ -2,19 +2,18 @@
 
 `Orchestrator` says what supervision needs; `PrefectOrchestrator` does it over HTTP and the event
 stream. Every call may be repeated: creations carry keys under which the server makes one thing.
+Every call raises `httpx.TransportError` if the server cannot be reached.
 """
 
 from __future__ import annotations
 
-import functools
-import time
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
 import attrs
-import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import FlowRunCreate, StateCreate
 from prefect.client.schemas.filters import (
@@ -24,6 +23,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
+    TaskRunFilter,
+    TaskRunFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
@@ -32,21 +33,13 @@ from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNam
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Pending, Scheduled, to_state_create
 from prefect.tasks import Task
-from prefect.types._datetime import now
 from prefect.utilities.slugify import slugify
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_exponential,
-    wait_random,
-)
 
+from supervised._clock import monotonic, utc_now
 from supervised._errors import (
     DeploymentNotFoundError,
     NoApiError,
     ParametersError,
-    ServerUnreachableError,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +61,7 @@ LIVE_STATES = [
 ]
 _PAGE = 200  # the server's maximum for reads
 _BULK = 50  # the server's maximum for bulk_set_state
-_LAUNCH_PATIENCE_SECONDS = 30.0
+_LABEL_ATTEMPTS = 5
 _DEPLOYMENT_SECONDS = 10.0  # after which somebody may have paused it, or served another version
 
 
@@ -150,9 +143,9 @@ class Orchestrator(Protocol):
 
     async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]: ...
 
-    async def read_children(
-        self, parents: Iterable[UUID], *, patiently: bool = False
-    ) -> list[FlowRun]: ...
+    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]: ...
+
+    async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]: ...
 
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]: ...
 
@@ -160,11 +153,17 @@ class Orchestrator(Protocol):
 
     async def nudge(self, run_id: UUID) -> None: ...
 
+    async def server_time(self) -> datetime | None: ...
+
+    async def label(self, run_id: UUID, labels: Mapping[str, Any]) -> None: ...
+
     async def cut_loose(self, run: FlowRun, labels: Mapping[str, Any]) -> None: ...
 
     def subscribe(
         self, resources: Sequence[str]
     ) -> AbstractAsyncContextManager[AsyncIterator[RunEvent]]: ...
+
+    def subscribe_all(self) -> AbstractAsyncContextManager[AsyncIterator[RunEvent]]: ...
 
 
 @asynccontextmanager
@@ -203,13 +202,12 @@ class PrefectOrchestrator:
 
         Raises:
             DeploymentNotFoundError: If the server has none.
-            ServerUnreachableError: If the server did not answer in time.
         """
         async with self._lookup:
             until, deployment = self._deployments.get(target, (0.0, None))
-            if deployment is None or until < time.monotonic():
-                deployment = await self._patiently(lambda: self._find(target))
-                until = time.monotonic() + _DEPLOYMENT_SECONDS
+            if deployment is None or until < monotonic():
+                deployment = await self._write(lambda: self._find(target))
+                until = monotonic() + _DEPLOYMENT_SECONDS
                 self._deployments[target] = (until, deployment)
             return deployment
 
@@ -242,15 +240,14 @@ class PrefectOrchestrator:
 
         Raises:
             ParametersError: If the deployment's schema refuses the parameters.
-            ServerUnreachableError: If the server did not answer in time.
         """
         task = Task[..., Any](name=deployment.name, fn=_nothing, version=deployment.version)
         parent = await self._track(task, request) if request.is_linked else None
-        return await self._patiently(
+        return await self._write(
             lambda: self._client.create_flow_run_from_deployment(
                 deployment.id,
                 parameters=dict(request.parameters),
-                state=Scheduled(scheduled_time=request.scheduled_time or now("UTC")),
+                state=Scheduled(scheduled_time=request.scheduled_time or utc_now()),
                 name=request.name,
                 tags=request.tags,
                 idempotency_key=request.idempotency_key,
@@ -272,7 +269,7 @@ class PrefectOrchestrator:
             Task[..., Any](name=flow.name, fn=_nothing, version=flow.version), request
         )
         if flow.name not in self._flow_ids:
-            self._flow_ids[flow.name] = await self._patiently(
+            self._flow_ids[flow.name] = await self._write(
                 lambda: self._client.create_flow_from_name(flow.name)
             )
         body = FlowRunCreate(
@@ -289,9 +286,7 @@ class PrefectOrchestrator:
                 retries=flow.retries, retry_delay=int(flow.retry_delay_seconds or 0)
             ),
         ).model_dump(mode="json", exclude_unset=True)
-        response = await self._patiently(
-            lambda: self._client.request("POST", "/flow_runs/", json=body)
-        )
+        response = await self._write(lambda: self._client.request("POST", "/flow_runs/", json=body))
         run = FlowRun.model_validate(response.json())
         run.parameters = dict(request.parameters)
         return run
@@ -299,7 +294,7 @@ class PrefectOrchestrator:
     async def _track(self, task: Task[..., Any], request: RunRequest) -> UUID:
         """Create the task run that links a child to its parent, as `run_deployment` does."""
         task.task_key = f"supervised.spawn.{slugify(task.name)}"
-        tracking = await self._patiently(
+        tracking = await self._write(
             lambda: self._client.create_task_run(
                 task=task,
                 flow_run_id=request.parent_run_id,
@@ -311,34 +306,19 @@ class PrefectOrchestrator:
         )
         return tracking.id
 
-    async def _patiently(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Make a request for a launch; wait out a server that cannot be reached.
+    async def _write(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Make a request for a launch, one at a time.
 
         Raises:
-            ServerUnreachableError: If it stays unreachable for 30 s.
             ParametersError: If the server says that the parameters do not fit.
         """
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(httpx.TransportError),
-            wait=wait_exponential(multiplier=0.2, max=3) + wait_random(0, 0.3),
-            stop=stop_after_delay(_LAUNCH_PATIENCE_SECONDS),
-            reraise=True,
-        )
         try:
-            async for attempt in retrying:
-                with attempt:
-                    async with self._one_write:
-                        return await request()
-        except httpx.TransportError as exc:
-            raise ServerUnreachableError(
-                f"The Prefect server did not answer for {_LAUNCH_PATIENCE_SECONDS:.0f} s "
-                f"({type(exc).__name__}: {exc}). Check that it runs, and PREFECT_API_URL."
-            ) from exc
+            async with self._one_write:
+                return await request()
         except PrefectHTTPStatusError as exc:
             if exc.response.status_code in {400, 409, 422}:
                 raise ParametersError(f"The server refused the run: {_detail(exc)}") from exc
             raise
-        raise AssertionError("unreachable")  # pragma: no cover - tenacity re-raises
 
     async def read_runs(self, run_ids: Iterable[UUID]) -> list[FlowRun]:
         """Return the runs of these ids that the server knows."""
@@ -354,21 +334,24 @@ class PrefectOrchestrator:
             FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state if live_only else None)
         )
 
-    async def read_children(
-        self, parents: Iterable[UUID], *, patiently: bool = False
-    ) -> list[FlowRun]:
-        """Return the direct children of these runs, by Prefect's own parent link.
-
-        Args:
-            parents: Ids of the runs above.
-            patiently: Wait out a server that cannot be reached, as a launch does.
-        """
+    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]:
+        """Return the direct children of these runs, by Prefect's own parent link."""
         found: list[FlowRun] = []
         for chunk in _chunks(parents, _PAGE):
             below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=chunk))
-            read = functools.partial(self._read, below)
-            found += await (self._patiently(read) if patiently else read())
+            found += await self._read(below)
         return found
+
+    async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]:
+        """Return the id of each run's parent run, for those that have one."""
+        tracked = {run.id: run.parent_task_run_id for run in runs if run.parent_task_run_id}
+        owners: dict[UUID, UUID] = {}
+        for chunk in _chunks(set(tracked.values()), _PAGE):
+            tasks = await self._client.read_task_runs(
+                task_run_filter=TaskRunFilter(id=TaskRunFilterId(any_=chunk)), limit=_PAGE
+            )
+            owners |= {task.id: task.flow_run_id for task in tasks if task.flow_run_id}
+        return {run: owners[task] for run, task in tracked.items() if task in owners}
 
     async def _read(self, run_filter: FlowRunFilter) -> list[FlowRun]:
         found: list[FlowRun] = []
@@ -437,12 +420,22 @@ class PrefectOrchestrator:
         """
         event = {
             "id": str(uuid4()),
-            "occurred": now("UTC").isoformat(),
+            "occurred": utc_now().isoformat(),
             "event": "prefect.flow-run.Cancelling",
             "resource": {"prefect.resource.id": f"prefect.flow-run.{run_id}"},
             "payload": {"supervised": "repeated for a runner that was not ready"},
         }
         await self._client.request("POST", "/events", json=[event])
+
+    async def server_time(self) -> datetime | None:
+        """Return the time by the server's clock; `None` if it does not tell."""
+        response = await self._client.request("GET", "/hello")
+        said = response.headers.get("date")
+        return parsedate_to_datetime(said) if said else None
+
+    async def label(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
+        """Add labels to a run."""
+        await self._client.update_flow_run_labels(run_id, dict(labels))
 
     async def cut_loose(self, run: FlowRun, labels: Mapping[str, Any]) -> None:
         """Label a run, and cut its link to its parent.
@@ -450,10 +443,22 @@ class PrefectOrchestrator:
         The server's own cascade cancels whatever is linked to a run that is `Cancelled`. The
         link is the tracking task run; deleting it leaves the child without a parent.
         """
-        await self._client.update_flow_run_labels(run.id, dict(labels))
+        await self._label_for_good(run.id, labels)
         if run.parent_task_run_id is not None:
             with suppress(ObjectNotFound):
                 await self._client.delete_task_run(run.parent_task_run_id)
+
+    async def _label_for_good(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
+        """Add labels and see that they are there.
+
+        The server merges labels by reading and writing them, so of two requests at a time one
+        may be lost (server/models/flow_runs.py, `update_flow_run_labels`).
+        """
+        for _ in range(_LABEL_ATTEMPTS):
+            await self.label(run_id, labels)
+            (run,) = await self.read_runs([run_id]) or (None,)
+            if run is None or labels.items() <= run.labels.items():
+                return
 
     @asynccontextmanager
     async def subscribe(self, resources: Sequence[str]) -> AsyncIterator[AsyncIterator[RunEvent]]:
@@ -462,12 +467,26 @@ class PrefectOrchestrator:
         `any_resource`, because the server does not apply `related` to live streams. The stream
         may drop, repeat, replay and end; it never proves anything.
         """
-        event_filter = EventFilter(
-            event=EventNameFilter(prefix=["prefect.flow-run."]),
-            any_resource=EventAnyResourceFilter(id=list(resources)),
-        )
-        async with get_events_subscriber(event_filter, reconnection_attempts=0) as subscriber:
-            yield _run_events(subscriber)
+        of_runs = EventNameFilter(prefix=[_RUN_EVENTS])
+        chosen = EventAnyResourceFilter(id=list(resources))
+        async with _stream(EventFilter(event=of_runs, any_resource=chosen)) as events:
+            yield events
+
+    @asynccontextmanager
+    async def subscribe_all(self) -> AsyncIterator[AsyncIterator[RunEvent]]:
+        """Open a stream of the changes of state of all runs; see `subscribe`."""
+        of_runs = EventNameFilter(prefix=[_RUN_EVENTS])
+        async with _stream(EventFilter(event=of_runs)) as events:
+            yield events
+
+
+_RUN_EVENTS = "prefect.flow-run."
+
+
+@asynccontextmanager
+async def _stream(chosen: EventFilter) -> AsyncIterator[AsyncIterator[RunEvent]]:
+    async with get_events_subscriber(chosen, reconnection_attempts=0) as subscriber:
+        yield _run_events(subscriber)
 
 
 _BULK_ROUTE: Any = "/flow_runs/bulk_set_state"  # not in the client's Literal of routes

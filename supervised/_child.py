@@ -15,10 +15,9 @@ from uuid import uuid4
 from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult
 from prefect.futures import PrefectFuture
 from prefect.states import Pending
-from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
-from supervised import _compat
+from supervised import _clock, _compat
 from supervised._control import CONTROL_THREAD, wait_in_slices
 from supervised._errors import (
     ChildCancelled,
@@ -116,6 +115,7 @@ class Child(PrefectFuture[R], Generic[R]):
         self.escalations: list[str] = []
         self.is_queued = False  # waits for a slot or its time: the server knows nothing of it
         self.detach_requested = False
+        self.was_requested = False  # its run, of the server: it may exist without our knowing
         # Set for children that run in this process: asks the running code to stop.
         self.interrupt: Callable[..., None] | None = None
         # The loop an inline async child runs in; waiting there synchronously would deadlock.
@@ -325,7 +325,7 @@ class Child(PrefectFuture[R], Generic[R]):
                 return False
             if self.cancel_reason is None:
                 self.cancel_reason = reason
-                self.requested_at = now("UTC")
+                self.requested_at = _clock.utc_now()
                 if self.span is not None:
                     self.span.cancel_requested(reason)
         if self.is_queued:
@@ -335,7 +335,7 @@ class Child(PrefectFuture[R], Generic[R]):
     def mark_acknowledged(self) -> None:
         """Record that the server has accepted the request."""
         if self.acknowledged_at is None:
-            self.acknowledged_at = now("UTC")
+            self.acknowledged_at = _clock.utc_now()
             if self.span is not None:
                 self.span.cancel_acknowledged()
 
@@ -360,7 +360,7 @@ class Child(PrefectFuture[R], Generic[R]):
             if state is not None:
                 self._state = state
             self._final_state = self._state
-            self.ended_at = now("UTC")
+            self.ended_at = _clock.utc_now()
             self.delivered = self._waiters > 0
             callbacks, self._callbacks = self._callbacks, []
         if self.span is not None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import prefect
 from prefect.flow_engine import run_flow
 from prefect.utilities.asyncutils import run_coro_as_sync
 
@@ -24,6 +27,8 @@ try:
     from prefect.telemetry.run_telemetry import LABELS_TRACEPARENT_KEY
 except ImportError:  # pragma: no cover - every Prefect since 3.1.11 has it
     LABELS_TRACEPARENT_KEY = "__OTEL_TRACEPARENT"
+
+_RUNNER_FOLDER = str(Path(prefect.__file__).parent / "runner") + os.sep
 
 TRACEPARENT_LABEL = LABELS_TRACEPARENT_KEY
 """The label of a run in which Prefect keeps the W3C traceparent of its span."""
@@ -90,6 +95,16 @@ def engine_owns_cancellation() -> bool:
 def runner_runs_hooks(flow_run: FlowRun) -> bool:
     """Whether a runner runs the run's `on_cancellation` hooks: only for what it has started."""
     return flow_run.deployment_id is not None and not engine_owns_cancellation()
+
+
+def is_called_by_runner() -> bool:
+    """Whether the function that calls this one was called by Prefect's runner.
+
+    Its modules run as `__main__` in the process that is started for hooks, so files are compared
+    (runner/_workspace_runtime_bootstrap.py).
+    """
+    caller = sys._getframe(2)  # noqa: SLF001 - as the standard library does for namedtuple
+    return caller.f_code.co_filename.startswith(_RUNNER_FOLDER)
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, None]) -> None:

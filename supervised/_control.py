@@ -41,62 +41,31 @@ two instructions, can only enter where Python code runs.
 _CLOSE_SECONDS = 5.0
 
 
-class ControlPlane(Generic[S]):
-    """A thread that runs coroutines over services that it opens and closes.
-
-    Scopes share one instance for each Prefect API through `acquire`; the thread ends when the
-    last of them has called `release`. A forked child starts without any.
+class Plane(Generic[S]):
+    """Runs coroutines in one event loop, over services that it opens and closes there.
 
     Args:
-        services: Opens what the coroutines work with, inside the new thread's loop.
+        services: Opens what the coroutines work with, inside the loop.
     """
-
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-    _running: ClassVar[dict[str, ControlPlane[Any]]] = {}
 
     def __init__(self, services: Callable[[], AbstractAsyncContextManager[S]]) -> None:
         self._open_services = services
-        self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ready = threading.Event()
         self._services: concurrent.futures.Future[S] = concurrent.futures.Future()
         self.stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._settings = get_settings_context()
         # An empty context, or the run's own would live on here: its client is closed with it.
         self._context = contextvars.Context()
-        self._thread = threading.Thread(
-            target=self._context.run,
-            args=(self._main,),
-            name=CONTROL_THREAD,
-            daemon=True,
-        )
-
-    @classmethod
-    def acquire(cls, services: Callable[[], AbstractAsyncContextManager[S]]) -> Self:
-        """Return the running plane for the current settings, started if need be."""
-        key = str(get_settings_context().settings.hash_key())
-        with cls._lock:
-            plane = cls._running.get(key)
-            if plane is None or plane._users == 0:
-                plane = cls._running[key] = cls(services)
-                plane._thread.start()
-            plane._users += 1
-        plane._ready.wait()
-        return plane  # type: ignore[return-value]
 
     def release(self) -> concurrent.futures.Future[None] | None:
-        """Give the plane up; the last user gets the future of its end."""
-        with self._lock:
-            self._users -= 1
-            if self._users:
-                return None
-            for key, plane in list(self._running.items()):
-                if plane is self:
-                    del self._running[key]
-        self.call_soon(self._stop.set)
+        """Give the plane up; its last user gets the future of its end."""
+        self.stop()
         return self.stopped
+
+    def stop(self) -> None:
+        """Have the plane finish what it is doing, and end; from any thread."""
+        self.call_soon(self._stop.set)
 
     def submit(self, function: Callable[[S], Awaitable[T]]) -> concurrent.futures.Future[T]:
         """Run *function* over the services; the future carries its result or exception."""
@@ -134,23 +103,7 @@ class ControlPlane(Generic[S]):
             return False
         return True
 
-    def is_current_thread(self) -> bool:
-        """Whether the caller is the plane itself, which must never wait for itself."""
-        return threading.current_thread() is self._thread
-
-    def _main(self) -> None:
-        try:
-            with SettingsContext(profile=self._settings.profile, settings=self._settings.settings):
-                asyncio.run(self._serve())
-        finally:
-            self._ready.set()
-            if not self._services.done():
-                self._services.cancel()
-            _resolve(self.stopped, result=None)
-
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._ready.set()
         try:
             async with self._open_services() as services:
                 self._services.set_result(services)
@@ -166,6 +119,75 @@ class ControlPlane(Generic[S]):
     async def _finish_tasks(self) -> None:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
+
+    def _has_stopped(self) -> None:
+        if not self._services.done():
+            self._services.cancel()
+        _resolve(self.stopped, result=None)
+
+
+class ControlPlane(Plane[S]):
+    """A plane in a thread of its own.
+
+    Scopes share one instance for each Prefect API through `acquire`; the thread ends when the
+    last of them has called `release`. A forked child starts without any.
+    """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _running: ClassVar[dict[str, ControlPlane[Any]]] = {}
+
+    def __init__(self, services: Callable[[], AbstractAsyncContextManager[S]]) -> None:
+        super().__init__(services)
+        self._users = 0
+        self._ready = threading.Event()
+        self._settings = get_settings_context()
+        self._thread = threading.Thread(
+            target=self._context.run,
+            args=(self._main,),
+            name=CONTROL_THREAD,
+            daemon=True,
+        )
+
+    @classmethod
+    def acquire(cls, services: Callable[[], AbstractAsyncContextManager[S]]) -> Self:
+        """Return the running plane for the current settings, started if need be."""
+        key = str(get_settings_context().settings.hash_key())
+        with cls._lock:
+            plane = cls._running.get(key)
+            if plane is None or plane._users == 0:
+                plane = cls._running[key] = cls(services)
+                plane._thread.start()
+            plane._users += 1
+        plane._ready.wait()
+        return plane  # type: ignore[return-value]
+
+    def release(self) -> concurrent.futures.Future[None] | None:
+        """Give the plane up; the last user gets the future of its end, the others `None`."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return None
+            for key, plane in list(self._running.items()):
+                if plane is self:
+                    del self._running[key]
+        return super().release()
+
+    def is_current_thread(self) -> bool:
+        """Whether the caller is the plane itself, which must never wait for itself."""
+        return threading.current_thread() is self._thread
+
+    def _main(self) -> None:
+        try:
+            with SettingsContext(profile=self._settings.profile, settings=self._settings.settings):
+                asyncio.run(self._serve())
+        finally:
+            self._ready.set()
+            self._has_stopped()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready.set()
+        await super()._serve()
 
 
 def wait_in_slices(future: concurrent.futures.Future[Any], timeout: float | None = None) -> bool:
@@ -209,7 +231,7 @@ def _forget_after_fork() -> None:
 def _stop_at_exit() -> None:
     """Let planes close their connections; only an interrupted scope leaves one behind."""
     for plane in list(ControlPlane._running.values()):
-        plane.call_soon(plane._stop.set)
+        plane.stop()
         plane._thread.join(_CLOSE_SECONDS)
 
 

@@ -11,10 +11,11 @@ from prefect.context import FlowRunContext
 from prefect.flows import Flow, flow
 from typing_extensions import ParamSpec
 
-from supervised import _scope
+from supervised import _compat, _scope
 from supervised._context import current_supervisor
 from supervised._hooks import HOOK_OPTIONS, normalise_hook, normalise_hooks
 from supervised._policy import check_seconds, resolve_on_parent
+from supervised._reap import end_what_is_left
 from supervised._supervisor import Supervisor
 from supervised._types import OnChildFailure, OnParent, ScopeOptions
 
@@ -65,6 +66,33 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
         # Prefect runs `fn`, not `__call__`, for everything that a runner starts.
         self.fn = _wrap(original, self.scope_options)
         vars(self.fn).update(bound)
+
+    # Runners see one hook more than the user has given: it ends what a run has left behind whose
+    # process could not. Everybody else, the engine included, sees what `@flow` would show.
+
+    @property
+    def on_cancellation_hooks(self) -> list[Any]:
+        """The hooks that run when a run is cancelled."""
+        hooks: list[Any] = self.__dict__["on_cancellation_hooks"]
+        return [*hooks, end_what_is_left] if _compat.is_called_by_runner() else hooks
+
+    @on_cancellation_hooks.setter
+    def on_cancellation_hooks(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, hooks: list[Any]
+    ) -> None:
+        self.__dict__["on_cancellation_hooks"] = hooks
+
+    @property
+    def on_crashed_hooks(self) -> list[Any]:
+        """The hooks that run when a run crashes."""
+        hooks: list[Any] = self.__dict__["on_crashed_hooks"]
+        return [*hooks, end_what_is_left] if _compat.is_called_by_runner() else hooks
+
+    @on_crashed_hooks.setter
+    def on_crashed_hooks(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, hooks: list[Any]
+    ) -> None:
+        self.__dict__["on_crashed_hooks"] = hooks
 
     def with_options(self, **options: Any) -> SupervisedFlow[P, R]:
         """Return a copy with other options, those of the scope included.
@@ -205,7 +233,13 @@ def _open(fn: Callable[..., Any], options: ScopeOptions) -> Supervisor | None:
     return Supervisor(options, context.flow, context)
 
 
-_SCOPE_OPTION_NAMES = ("grace_seconds", "on_parent", "on_child_failure", "max_concurrent")
+_SCOPE_OPTION_NAMES = (
+    "grace_seconds",
+    "on_parent",
+    "on_child_failure",
+    "max_concurrent",
+    "lease_seconds",
+)
 
 
 def _scope_options(
@@ -215,6 +249,7 @@ def _scope_options(
     on_parent: OnParent | None = None,
     on_child_failure: OnChildFailure | None = None,
     max_concurrent: int | None = None,
+    lease_seconds: float | None = None,
 ) -> ScopeOptions:
     """Return validated options over *base*.
 
@@ -232,11 +267,13 @@ def _scope_options(
             f"max_concurrent must be a whole number, 1 or more; got {max_concurrent!r}"
         )
     grace = check_seconds("grace_seconds", grace_seconds)
+    lease = check_seconds("lease_seconds", lease_seconds, least=1.0)
     return ScopeOptions(
         grace_seconds=base.grace_seconds if grace is None else grace,
         on_parent=resolve_on_parent(on_parent, base.on_parent),
         on_child_failure=on_child_failure or base.on_child_failure,
         max_concurrent=max_concurrent if max_concurrent is not None else base.max_concurrent,
+        lease_seconds=base.lease_seconds if lease is None else lease,
     )
 
 
@@ -276,6 +313,7 @@ class SupervisedFlowDecorator:
         on_parent: OnParent | None = None,
         on_child_failure: OnChildFailure | None = None,
         max_concurrent: int | None = None,
+        lease_seconds: float | None = None,
     ) -> Callable[[Callable[P, R]], SupervisedFlow[P, R]]: ...
 
     def __call__(self, __fn: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -294,6 +332,8 @@ class SupervisedFlowDecorator:
                 scope, *wait* lets the others finish and then raises, *ignore* leaves it to the
                 handle.
             max_concurrent: Children launched and not over at any one time; no limit by default.
+            lease_seconds: Seconds without a sign of life from the run's process after which its
+                children elsewhere take it for dead and end themselves; 30 by default.
             **options: Every option of `prefect.flow`. Hooks may be one callable or a list, of
                 three arguments of any names.
 

@@ -6,7 +6,9 @@ on. So the tag finds, and labels together with the idempotency key prove.
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 _MARK = re.compile(r"\[supervised by ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\]")
 
+COMMON_TAG = "supervised"
+"""The tag of every run that a supervisor launched, whatever its tree."""
+
 TAG_PREFIX = "supervised:"
 ROOT = "supervised.root"
 PARENT = "supervised.parent"
@@ -30,6 +35,10 @@ KEY = "supervised.key"
 GENERATION = "supervised.generation"
 ON_PARENT = "supervised.on_parent"
 DETACHED = "supervised.detached"
+HOST = "supervised.host"
+FOLLOWS_ROOT = "supervised.follows_root"
+LEASE_SECONDS = "supervised.lease_seconds"
+LEASE = "supervised.lease"
 
 Labels = dict[str, Any]
 _UNHASHABLE = "unhashable"
@@ -42,10 +51,14 @@ class Lineage:
     Args:
         run_id: The run itself.
         path: Its supervised ancestors, from the root down, the run itself last.
+        host: The outermost supervised run of its process, which holds the lease.
+        follows_root: Whether the root's end, if it is a bad one, is the end of this run too.
     """
 
     run_id: UUID
     path: tuple[UUID, ...]
+    host: UUID = attrs.field(default=attrs.Factory(lambda self: self.run_id, takes_self=True))
+    follows_root: bool = True
 
     @property
     def root(self) -> UUID:
@@ -58,21 +71,31 @@ class Lineage:
         return TAG_PREFIX + str(self.root)
 
     def nested(self, run_id: UUID) -> Lineage:
-        """Return the lineage of a run directly below this one."""
-        return Lineage(run_id, (*self.path, run_id))
+        """Return the lineage of a run directly below this one, in the same process."""
+        return Lineage(run_id, (*self.path, run_id), self.host, self.follows_root)
 
 
 def lineage_of(run_id: UUID, labels: Mapping[str, Any]) -> Lineage:
     """Return the lineage that a run's labels state; a run without them is a root."""
     above = () if labels.get(DETACHED) else path_of(labels)
-    return Lineage(run_id, (*above, run_id))
+    follows_root = bool(labels.get(FOLLOWS_ROOT)) if above else True
+    return Lineage(run_id, (*above, run_id), follows_root=follows_root)
 
 
 def child_labels(
-    parent: Lineage, *, key: str, generation: int, on_parent: Mapping[Cause, Action]
+    parent: Lineage,
+    *,
+    key: str,
+    generation: int,
+    on_parent: Mapping[Cause, Action],
+    lease_seconds: float = 30.0,
 ) -> Labels:
     """Return the labels of a child; they say all that a stranger needs to supervise it."""
+    bad_ends = {action for cause, action in on_parent.items() if cause != "completed"}
     labels: Labels = {
+        HOST: str(parent.host),
+        FOLLOWS_ROOT: parent.follows_root and bad_ends == {"cancel"},
+        LEASE_SECONDS: lease_seconds,
         ROOT: str(parent.root),
         PARENT: str(parent.run_id),
         PATH: "/".join(str(run_id) for run_id in parent.path),
@@ -83,6 +106,41 @@ def child_labels(
     if set(on_parent.values()) == {"detach"}:
         labels[DETACHED] = True
     return labels
+
+
+def runs_above(labels: Mapping[str, Any]) -> set[UUID]:
+    """Return the runs whose end is the end of a child: parent, its process, and often the root."""
+    names = (PARENT, HOST, ROOT) if labels.get(FOLLOWS_ROOT) else (PARENT, HOST)
+    found: set[UUID] = set()
+    for name in names:
+        with suppress(ValueError):
+            found.add(UUID(str(labels.get(name))))
+    return found
+
+
+def host_of(labels: Mapping[str, Any]) -> UUID | None:
+    """Return the outermost run of the process that launched a child."""
+    try:
+        return UUID(str(labels.get(HOST)))
+    except ValueError:
+        return None
+
+
+def parent_lineage(labels: Mapping[str, Any]) -> Lineage:
+    """Return where the parent of a child of ours stands, though nothing else is known of it."""
+    path = tuple(UUID(part) for part in str(labels[PATH]).split("/"))
+    return Lineage(path[-1], path)
+
+
+def lease_seconds_of(labels: Mapping[str, Any]) -> float:
+    """Return how long the lease of a child's parent lasts; for ever if its labels do not say."""
+    value = labels.get(LEASE_SECONDS)
+    return float(value) if isinstance(value, (int, float)) else math.inf
+
+
+def lease(attempt: int, renewal: int) -> str:
+    """Return the value of a lease: attempts of one run fence each other off by it."""
+    return f"{attempt}:{renewal}"
 
 
 def idempotency_key(parent: UUID, key: str, generation: int) -> str:
@@ -121,6 +179,14 @@ def path_of(labels: Mapping[str, Any]) -> tuple[UUID, ...]:
         return ()
 
 
+def spawn_of(labels: Mapping[str, Any]) -> tuple[UUID, str, int] | None:
+    """Return which spawn made a run: the parent, the key and the generation."""
+    try:
+        return UUID(str(labels[PARENT])), str(labels[KEY]), int(labels.get(GENERATION, 0))
+    except (KeyError, ValueError):
+        return None
+
+
 def is_below(labels: Mapping[str, Any], ancestor: UUID) -> bool:
     """Whether a run's labels place it below *ancestor*, detached runs excepted."""
     return not labels.get(DETACHED) and ancestor in path_of(labels)
@@ -132,8 +198,10 @@ def is_ours(labels: Mapping[str, Any], key: str | None) -> bool:
     A copied run carries its original's tags, and may carry its labels, but an idempotency
     key is unique per flow on the server: no copy has it.
     """
-    parent = labels.get(PARENT)
-    return parent is not None and bool(key) and str(key).startswith(f"{TAG_PREFIX}{parent}:")
+    made = spawn_of(labels)
+    if made is None or path_of(labels)[-1:] != made[:1]:
+        return False
+    return str(key or "").startswith(f"{TAG_PREFIX}{made[0]}:")
 
 
 def mark_message(text: str, by: UUID) -> str:

@@ -9,7 +9,6 @@ import functools
 import inspect
 import logging
 import threading
-import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from prefect.exceptions import ParameterTypeError, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Cancelling
 
-from supervised import _compat, _telemetry
+from supervised import _clock, _compat, _telemetry
 from supervised._context import current_child
 from supervised._errors import ParametersError
 from supervised._policy import outcome_of
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from prefect.flows import Flow
 
     from supervised._child import Child
+    from supervised._host import Host
 
 logger = logging.getLogger("prefect.supervised.inline")
 
@@ -50,11 +50,13 @@ class InlineRun:
         run: FlowRun,
         parameters: Mapping[str, Any],
         *,
+        host: Host,
         context: contextvars.Context,
         home_loop: asyncio.AbstractEventLoop | None,
     ) -> None:
         self._child = child
         self._run = run
+        self._host = host
         self._parameters = parameters
         self._context = context
         self._loop = home_loop if flow.isasync else None
@@ -111,7 +113,7 @@ class InlineRun:
         current_child.set(self._child)
         try:
             with self._in_span():
-                state: State[Any] = await _compat.run_flow_inline(
+                state: State[Any] = await self._host.run_flow(
                     self._flow, self._run, self._parameters
                 )
         except BaseException as exc:
@@ -138,7 +140,7 @@ class InlineRun:
         current_child.set(self._child)
         try:
             with self._in_span():
-                state: State[Any] = _compat.run_flow_inline(self._flow, self._run, self._parameters)
+                state: State[Any] = self._host.run_flow(self._flow, self._run, self._parameters)
         except BaseException as exc:
             self._ended_by(exc)
             return
@@ -212,7 +214,7 @@ class InlineRun:
     def _guard_async(self, flow: Flow[..., Any]) -> Callable[..., Any]:
         @functools.wraps(flow.fn)
         async def body(*args: Any, **kwargs: Any) -> Any:
-            started = time.monotonic()
+            started = _clock.monotonic()
             self._in_body = True
             try:
                 if not self._begins_cancelled():
@@ -238,7 +240,7 @@ class InlineRun:
 
     def _engine_handles_it(self) -> bool:
         """Whether a runner cancels the whole process, which Prefect's engine does right."""
-        return self._child.cancel_reason is None and _compat.termination_intent() is not None
+        return self._child.cancel_reason is None and self._host.termination_intent() is not None
 
     def _message(self) -> str:
         reason = self._child.cancel_reason
@@ -250,7 +252,7 @@ class InlineRun:
 
 def _own_timeout(flow: Flow[..., Any], started: float) -> bool:
     limit = flow.timeout_seconds
-    return limit is not None and time.monotonic() - started >= limit - min(0.25, limit / 10)
+    return limit is not None and _clock.monotonic() - started >= limit - min(0.25, limit / 10)
 
 
 def uncancel() -> None:

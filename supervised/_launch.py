@@ -6,30 +6,32 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import anyio
 import attrs
+import httpx
 from prefect.context import TagsContext
 from prefect.flows import Flow
-from prefect.types._datetime import now
 from prefect.utilities.callables import get_call_parameters
 from pydantic_core import PydanticSerializationError, to_jsonable_python
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, wait_random
 
-from supervised import _compat, _identity
+from supervised import _clock, _compat, _identity
 from supervised._api import Deployment, Orchestrator, RunRequest
 from supervised._errors import (
     DeploymentPausedError,
     InvalidTargetError,
     ParametersError,
+    ServerUnreachableError,
     SpawnError,
 )
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
     import contextvars
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from datetime import datetime
 
     from prefect.client.schemas.objects import FlowRun
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from supervised._child import Child
 
 logger = logging.getLogger("prefect.supervised.launch")
+
+T = TypeVar("T")
+_PATIENCE_SECONDS = 30.0
 
 
 @attrs.frozen(kw_only=True)
@@ -51,6 +56,7 @@ class LaunchSpec:
     task_inputs: Mapping[str, Any]
     context: contextvars.Context
     home_loop: asyncio.AbstractEventLoop | None
+    lease_seconds: float
     scheduled_time: datetime | None = None
     work_queue_name: str | None = None
     job_variables: Mapping[str, Any] | None = None
@@ -189,7 +195,10 @@ class Launcher:
         if child.is_over:
             return None
         try:
-            run = await self._adopt_earlier(child, spec) or await self._create(child, spec)
+            await _wait_for_its_time(child, spec)
+            run = await patiently(lambda: self._adopt_earlier(child, spec)) or await patiently(
+                lambda: self._create(child, spec)
+            )
         except SpawnError as exc:
             exc.child = child.name
             child.settle("failed", exception=exc)
@@ -227,7 +236,7 @@ class Launcher:
         if self._run.run_count <= 1:
             return None
         if self._earlier is None:
-            runs = await self._api.read_children([self._run.id], patiently=True)
+            runs = await self._api.read_children([self._run.id])
             runs.sort(key=_generation)
             self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
         earlier = self._earlier.get(child.key)
@@ -250,6 +259,31 @@ class Launcher:
             if run is None or not _is_used_up(run):
                 return run
             child.generation += 1
+
+
+async def patiently(request: Callable[[], Awaitable[T]]) -> T:
+    """Make a request that a child depends on; wait out a server that cannot be reached.
+
+    Raises:
+        ServerUnreachableError: If it stays unreachable for 30 s.
+    """
+    until = _clock.monotonic() + _PATIENCE_SECONDS
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(httpx.TransportError),
+        wait=wait_exponential(multiplier=0.2, max=3) + wait_random(0, 0.3),
+        stop=lambda _: _clock.monotonic() > until,
+        reraise=True,
+    )
+    try:
+        async for attempt in retrying:
+            with attempt:
+                return await request()
+    except httpx.TransportError as exc:
+        raise ServerUnreachableError(
+            f"The Prefect server did not answer for {_PATIENCE_SECONDS:.0f} s "
+            f"({type(exc).__name__}: {exc}). Check that it runs, and PREFECT_API_URL."
+        ) from exc
+    raise AssertionError("unreachable")  # pragma: no cover - tenacity re-raises
 
 
 def _is_used_up(run: FlowRun) -> bool:
@@ -289,6 +323,7 @@ async def _create_deployed(
         )
     if _cancelled_early(child):
         return None
+    child.was_requested = True
     return await api.create_deployment_run(deployment, _request(child, spec, deployment))
 
 
@@ -296,10 +331,9 @@ async def _create_inline(
     api: Orchestrator, child: Child[Any], spec: LaunchSpec, flow: Flow[..., Any]
 ) -> FlowRun | None:
     parameters = bind_parameters(flow, spec.parameters)
-    if spec.scheduled_time is not None:
-        await _wait_until(spec.scheduled_time, child)
     if _cancelled_early(child):
         return None
+    child.was_requested = True
     request = attrs.evolve(_request(child, spec), parameters=parameters)
     return await api.create_inline_run(flow, request)
 
@@ -312,19 +346,32 @@ def _unknown_parameters(deployment: Deployment, given: Mapping[str, Any]) -> lis
     return sorted(set(given) - set(takes))
 
 
-async def _wait_until(moment: datetime, child: Child[Any]) -> None:
-    """Wait for the time at which an inline child is to start, or for its cancellation."""
+async def _wait_for_its_time(child: Child[Any], spec: LaunchSpec) -> None:
+    """Wait for the time at which an inline child is to start, or for its cancellation.
+
+    Raises:
+        ParametersError: If it could not be started then.
+    """
+    if spec.scheduled_time is None or not isinstance(spec.target, Flow):
+        return  # deployments wait on the server
+    bind_parameters(spec.target, spec.parameters)
     loop, over = asyncio.get_running_loop(), asyncio.Event()
     child.when_over(lambda: loop.call_soon_threadsafe(over.set))
     child.is_queued = True
     if child.cancel_reason is not None:
         child.settle("cancelled")
-    with anyio.move_on_after(max(0.0, (moment - now("UTC")).total_seconds())):
+    with anyio.move_on_after(max(0.0, (spec.scheduled_time - _clock.utc_now()).total_seconds())):
         await over.wait()
     child.is_queued = False
 
 
 def _cancelled_early(child: Child[Any]) -> bool:
+    """Whether there is nothing left to launch, and nothing has been.
+
+    A request that was not answered may have been carried out; only asking again tells.
+    """
+    if child.was_requested:
+        return False
     if child.cancel_reason is not None:
         child.settle("cancelled")
     return child.is_over
@@ -334,13 +381,17 @@ def _request(
     child: Child[Any], spec: LaunchSpec, deployment: Deployment | None = None
 ) -> RunRequest:
     labels = _identity.child_labels(
-        spec.lineage, key=child.key, generation=child.generation, on_parent=child.on_parent
+        spec.lineage,
+        key=child.key,
+        generation=child.generation,
+        on_parent=child.on_parent,
+        lease_seconds=spec.lease_seconds,
     )
     if child.span is not None and (traceparent := child.span.traceparent) is not None:
         labels[_compat.TRACEPARENT_LABEL] = traceparent
     detached = labels.get(_identity.DETACHED, False)
     # A detached child is nobody's to tear down, so nothing that finds a tree may find it.
-    ours = () if detached else (spec.lineage.tag,)
+    ours = () if detached else (_identity.COMMON_TAG, spec.lineage.tag)
     return RunRequest(
         name=spec.run_name,
         parameters=spec.parameters,
@@ -350,7 +401,8 @@ def _request(
         parent_run_id=spec.lineage.run_id,
         tracking_key=f"{child.key}:{child.generation}",
         tracking_id=child.new_tracking_id(),
-        is_linked=not detached,
+        # Prefect's own cascade follows the link of every run that is cancelled.
+        is_linked=not detached and child.on_parent["cancelled"] != "detach",
         task_inputs=spec.task_inputs,
         scheduled_time=spec.scheduled_time if deployment is not None else None,
         work_queue_name=spec.work_queue_name,

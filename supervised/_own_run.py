@@ -33,6 +33,7 @@ class OwnRun:
         lineage: Where it stands in its tree.
         flow_name: Its flow, for people.
         on_cancelled: Called once, when somebody has set the run to `Cancelling`.
+        on_superseded: Called when a later attempt of the run has begun elsewhere.
     """
 
     def __init__(
@@ -41,14 +42,18 @@ class OwnRun:
         lineage: _identity.Lineage,
         flow_name: str,
         on_cancelled: Callable[[], None],
+        on_superseded: Callable[[], None],
     ) -> None:
         self._run = run
         self._lineage = lineage
         self._flow_name = flow_name
         self._on_cancelled = on_cancelled
+        self._on_superseded = on_superseded
         self._is_over = False
         self.cancellation: str | None = None
         """What the run's state says of its cancellation; `None` if there is none."""
+        self.lost: CancelReason | None = None
+        """Why the run has to end though nobody cancelled it: something above it is gone."""
         self.delegate_to: UUID | None = None
         """The ancestor whose own teardown covers this whole tree, if one cancels the run."""
 
@@ -67,6 +72,8 @@ class OwnRun:
     @property
     def reason(self) -> CancelReason:
         """Why everything below is cancelled, once the run is."""
+        if self.lost is not None:
+            return self.lost
         detail = "" if self.delegate_to else (self.cancellation or "")
         return parent_reason("cancelled", self._flow_name, detail)
 
@@ -87,7 +94,15 @@ class OwnRun:
         return self._note(run.state)
 
     def _on_change(self, run: FlowRun) -> None:
+        if run.run_count > self._run.run_count:
+            self._on_superseded()
         if self.cancellation is None and not self._is_over and self._note(run.state):
+            self._on_cancelled()
+
+    def note_lost(self, message: str) -> None:
+        """Take the run for cancelled, whether or not the server has been told."""
+        if self.cancellation is None and not self._is_over:
+            self.cancellation = message
             self._on_cancelled()
 
     def _note(self, state: State | None) -> bool:

@@ -76,14 +76,14 @@ def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> No
         raise ValueError(f"on_parent: {', '.join(unknown)} is no {what}; use {', '.join(known)}")
 
 
-def check_seconds(name: str, value: float | None) -> float | None:
+def check_seconds(name: str, value: float | None, *, least: float = 0.0) -> float | None:
     """Return *value* if it is a usable number of seconds, or `None`.
 
     Raises:
-        ValueError: If it is negative or not finite.
+        ValueError: If it is less than *least*, or not finite.
     """
-    if value is not None and (value < 0 or not math.isfinite(value)):
-        raise ValueError(f"{name} must be a number of seconds, zero or more; got {value!r}")
+    if value is not None and (value < least or not math.isfinite(value)):
+        raise ValueError(f"{name} must be a number of seconds, {least:g} or more; got {value!r}")
     return value
 
 
@@ -93,6 +93,37 @@ def parent_reason(cause: Cause, flow_name: str, detail: str = "") -> CancelReaso
     return CancelReason(
         source=_SOURCES[cause], message=f"{message}: {detail}" if detail else message
     )
+
+
+def cause_of(state: State) -> Cause:
+    """Return how a run that is over ended, as its children see it."""
+    if state.type == StateType.COMPLETED:
+        return "completed"
+    if state.type == StateType.CANCELLED:
+        return "cancelled"
+    if state.type == StateType.FAILED:
+        return "timed_out" if state.name == "TimedOut" else "failed"
+    return "crashed"
+
+
+def is_silent(state: State | None, standstill: float, lease_seconds: float) -> bool:
+    """Whether a run's process has to be taken for dead, though its run is not over.
+
+    Args:
+        state: The run's state.
+        standstill: Seconds for which its lease has stood still.
+        lease_seconds: How long a lease lasts.
+    """
+    return may_have_process(state) and standstill > lease_seconds
+
+
+def may_have_process(state: State | None) -> bool:
+    """Whether a run has a process, or had one that has died.
+
+    A run that is suspended, scheduled again or starting has none that could give a sign of life,
+    and is not dead.
+    """
+    return state is not None and state.type in {StateType.RUNNING, StateType.CANCELLING}
 
 
 def outcome_of(state: State, *, asked: bool) -> Outcome | None:
@@ -112,6 +143,15 @@ def outcome_of(state: State, *, asked: bool) -> Outcome | None:
     if state.type == StateType.FAILED:
         return "timed_out" if state.name == "TimedOut" else "failed"
     return None
+
+
+LEAVING: Mapping[Outcome, Cause] = {
+    "failed": "failed",
+    "crashed": "crashed",
+    "timed_out": "timed_out",
+    "cancelled": "cancelled",
+}
+"""Ends after which a child may have left runs of its own behind, and what they are to these."""
 
 
 def receipt_status(outcome: Outcome, *, forced: bool) -> ReceiptStatus:

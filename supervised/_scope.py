@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-import time
+import signal
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -18,7 +18,7 @@ import attrs
 from prefect.exceptions import Abort, CancelledRun, Pause, TerminationSignal
 from prefect.states import Cancelled
 
-from supervised import _compat, _inline, _telemetry
+from supervised import _clock, _compat, _inline, _telemetry
 from supervised._context import current_child, current_supervisor, ended_supervisor
 from supervised._control import SLICE_SECONDS, wait_in_slices
 from supervised._errors import ChildCancelled, ScopeClosedError, TeardownError
@@ -66,7 +66,7 @@ async def run_async(supervisor: Supervisor, body: Callable[[], Awaitable[Any]]) 
         except BaseException as exc:
             if not _needs_ending(supervisor, exc):
                 raise
-            return await _leave_async(supervisor, None, exc)
+            return await _leave_async(supervisor, None, _swallowed(supervisor, exc))
         if supervisor.close_if_unused():
             return result
         return await _leave_async(supervisor, result, None)
@@ -134,7 +134,7 @@ async def run_async_generator(
         except BaseException as exc:
             if not _needs_ending(supervisor, exc):
                 raise
-            await _leave_async(supervisor, None, exc)
+            await _leave_async(supervisor, None, _swallowed(supervisor, exc))
 
 
 def _sender(generator: Generator[Any, Any, Any], value: Any) -> Callable[[], Any]:
@@ -174,7 +174,11 @@ def _async_thrower(
 def _entered(supervisor: Supervisor) -> Iterator[None]:
     outer = supervisor.outer
     if outer is None:
-        yield
+        supervisor.link()
+        try:
+            yield
+        finally:
+            supervisor.unlink()
         return
     outer.nested.add(supervisor)
     try:
@@ -208,6 +212,14 @@ def _needs_ending(supervisor: Supervisor, exc: BaseException) -> bool:
     return supervisor.launched_plainly and classify(supervisor, exc) is not None
 
 
+def _swallowed(supervisor: Supervisor, exc: BaseException) -> BaseException:
+    """Return the signal in place of the cancellation by which it reached the body after all."""
+    if not (supervisor.body.swallowed_signal and isinstance(exc, asyncio.CancelledError)):
+        return exc
+    _inline.uncancel()
+    return TerminationSignal(signal=signal.SIGTERM)
+
+
 def classify(
     supervisor: Supervisor, exc: BaseException, *, ended_body: bool = True
 ) -> Cause | None:
@@ -221,7 +233,7 @@ def classify(
     """
     if isinstance(exc, (Pause, Abort)):
         return None
-    intent = _compat.termination_intent()
+    intent = supervisor.host.termination_intent()
     if isinstance(exc, (asyncio.CancelledError, TerminationSignal)):
         if intent not in {None, "cancel"}:
             return None
@@ -239,7 +251,7 @@ def _timed_out(supervisor: Supervisor, exc: BaseException) -> bool:
     if limit is None or not isinstance(exc, asyncio.CancelledError):
         return False
     # The engine's clock started a little before ours.
-    return time.monotonic() - supervisor.started >= limit - min(0.25, limit / 10)
+    return _clock.monotonic() - supervisor.started >= limit - min(0.25, limit / 10)
 
 
 def _cancelled_from_above(supervisor: Supervisor) -> bool:
@@ -328,11 +340,12 @@ async def _leave_async(supervisor: Supervisor, result: Any, exc: BaseException |
     if exc is None:
         try:
             supervisor.prepare_completion()
-            while not supervisor.seal():
-                # `wait`, because awaiting the future itself would cancel it with us.
-                await asyncio.wait([asyncio.wrap_future(supervisor.children_over())])
+            with supervisor.body.waiting():
+                while not supervisor.seal():
+                    # `wait`, because awaiting the future itself would cancel it with us.
+                    await asyncio.wait([asyncio.wrap_future(supervisor.children_over())])
         except BaseException as interrupt:
-            leaving.interrupted_by(interrupt)
+            leaving.interrupted_by(_swallowed(supervisor, interrupt))
     while (teardown := leaving.begin()) is not None:
         deadline = _Deadline(supervisor.grace_seconds + _SLACK_SECONDS)
         await _wait_shielded(leaving, teardown, functools.partial(leaving.gives_up, deadline))
@@ -362,12 +375,12 @@ class _Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._at = time.monotonic() + seconds
+        self._at = _clock.monotonic() + seconds
 
     def is_over(self, supervisor: Supervisor) -> bool:
         if supervisor.is_waiting:
-            self._at = time.monotonic() + self._seconds
-        return time.monotonic() > self._at
+            self._at = _clock.monotonic() + self._seconds
+        return _clock.monotonic() > self._at
 
 
 def _conclude_sync(leaving: _Exit, result: Any) -> Any:
@@ -375,7 +388,7 @@ def _conclude_sync(leaving: _Exit, result: Any) -> Any:
     stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
     if stopped is not None:
         concurrent.futures.wait([stopped], timeout=_CLOSE_SECONDS)
-    if verdict.cancelled is not None and not _compat.runner_runs_hooks(leaving.supervisor.flow_run):
+    if verdict.cancelled is not None and not _runner_runs_hooks(leaving.supervisor):
         hooks = _inline.run_cancellation_hooks(
             leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
         )
@@ -384,19 +397,24 @@ def _conclude_sync(leaving: _Exit, result: Any) -> Any:
 
 
 async def _conclude_async(leaving: _Exit, result: Any) -> Any:
+    leaving.supervisor.body.unlisten()
     verdict = _judge(leaving, result)
     is_interrupted = leaving.supervisor.body.was_interrupted or _is_cancelled_by_runner(leaving)
     if is_interrupted and verdict.answers_interrupt:
         _inline.uncancel()
     stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
     if stopped is not None:
-        closing = time.monotonic() + _CLOSE_SECONDS
-        await _wait_shielded(leaving, stopped, lambda: time.monotonic() > closing)
-    if verdict.cancelled is not None and not _compat.runner_runs_hooks(leaving.supervisor.flow_run):
+        closing = _clock.monotonic() + _CLOSE_SECONDS
+        await _wait_shielded(leaving, stopped, lambda: _clock.monotonic() > closing)
+    if verdict.cancelled is not None and not _runner_runs_hooks(leaving.supervisor):
         await _inline.run_cancellation_hooks(
             leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
         )
     return verdict.unwrap()
+
+
+def _runner_runs_hooks(supervisor: Supervisor) -> bool:
+    return supervisor.host.runner_runs_hooks(supervisor.flow_run)
 
 
 def _outcome(leaving: _Exit, verdict: _Verdict) -> Cause:
@@ -487,8 +505,8 @@ def _is_cancelled_by_runner(leaving: _Exit) -> bool:
         leaving.cause == "cancelled"
         and isinstance(leaving.exc, (asyncio.CancelledError, TerminationSignal))
         and supervisor.outer is None
-        and _compat.termination_intent() == "cancel"
-        and _compat.runner_owns(supervisor.flow_run_id)
+        and supervisor.host.termination_intent() == "cancel"
+        and supervisor.host.runner_owns(supervisor.flow_run)
     )
 
 
@@ -498,7 +516,8 @@ def _answers_interrupt(leaving: _Exit) -> bool:
         return False
     if not leaving.ended_body:
         return False  # we interrupt bodies only, so it is somebody else's
-    if _compat.termination_intent() is not None or _timed_out(leaving.supervisor, leaving.exc):
+    host = leaving.supervisor.host
+    if host.termination_intent() is not None or _timed_out(leaving.supervisor, leaving.exc):
         return False
     scope: Supervisor | None = leaving.supervisor
     while scope is not None:

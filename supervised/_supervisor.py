@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import functools
 import logging
 import os
 import threading
@@ -24,17 +25,19 @@ from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
-from supervised import _compat, _identity, _launch, _telemetry
-from supervised._api import Orchestrator, open_orchestrator
+from supervised import _clock, _compat, _identity, _launch, _telemetry
 from supervised._body import Body
 from supervised._child import Child
 from supervised._context import current_supervisor
-from supervised._control import ControlPlane
 from supervised._errors import NoSupervisorError, ParametersError
+from supervised._host import Host, current_host
 from supervised._inline import InlineRun
+from supervised._lease import LeaseHolder
+from supervised._link import Link
 from supervised._own_run import OwnRun
 from supervised._policy import (
     HARD_CAUSES,
+    LEAVING,
     Budget,
     breaks_scope,
     check_seconds,
@@ -42,6 +45,7 @@ from supervised._policy import (
     resolve_on_parent,
     without_detach,
 )
+from supervised._reap import reap_below
 from supervised._registry import Registry, describe_ban
 from supervised._teardown import Teardown
 from supervised._types import (
@@ -63,6 +67,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
+    from supervised._api import Orchestrator
+    from supervised._control import Plane
+
 logger = logging.getLogger("prefect.supervised")
 
 R = TypeVar("R")
@@ -78,9 +85,9 @@ class Services:
 
 
 @asynccontextmanager
-async def open_services() -> AsyncIterator[Services]:
+async def open_services(host: Host) -> AsyncIterator[Services]:
     """Open the client and the watcher of a control plane."""
-    async with open_orchestrator() as api, open_watcher(api) as watcher:
+    async with host.open_orchestrator() as api, open_watcher(api) as watcher:
         yield Services(api, watcher)
 
 
@@ -95,12 +102,13 @@ class Supervisor:
         self._flow = flow
         self._context = context
         self._run = context.flow_run
+        self.host = current_host.get()
         self._pid = os.getpid()
-        self._started = time.monotonic()
+        self._started = _clock.monotonic()
         self._started_ns = time.time_ns()
         self._lock = threading.RLock()
         self._registry = Registry(flow.name)
-        self._plane: ControlPlane[Services] | None = None
+        self._plane: Plane[Services] | None = None
         self._span: _telemetry.SupervisorSpan | None = None
         self._launcher: _launch.Launcher | None = None
         self._ending: tuple[Cause, CancelReason] | None = None
@@ -113,9 +121,15 @@ class Supervisor:
         self._is_completing = False
         self._launches_seen = (0, 0)
         self.lineage = self._find_lineage()
-        self.own = OwnRun(self._run, self.lineage, flow.name, self._on_own_cancellation)
+        self.own = OwnRun(
+            self._run, self.lineage, flow.name, self._on_own_cancellation, self._drop_lease
+        )
+        self._link = Link(self._run, self._on_lost) if self._is_launched_child else None
+        self._lease: LeaseHolder | None = None
         self.failures: list[Child[Any]] = []
+        self._last_words: dict[str, concurrent.futures.Future[None]] = {}  # of detached children
         self._closed = False
+        self._released = False
         self.body = Body()
 
     # -- what users see ---------------------------------------------------------------------
@@ -239,7 +253,7 @@ class Supervisor:
                 target=label,
                 on_parent=policy,
                 on_done=self._on_child_done,
-                on_settled=self._registry.finished,
+                on_settled=self._on_child_settled,
                 ask_cancel=self._cancel_child,
                 ask_detach=self._detach_child,
                 timeout_seconds=timeout_seconds,
@@ -259,6 +273,7 @@ class Supervisor:
                 task_inputs=task_inputs,
                 context=contextvars.copy_context(),
                 home_loop=self.body.loop,
+                lease_seconds=self._options.lease_seconds,
                 scheduled_time=scheduled_time,
                 work_queue_name=work_queue_name,
                 job_variables=job_variables,
@@ -306,8 +321,8 @@ class Supervisor:
 
     @property
     def is_engaged(self) -> bool:
-        """Whether anything was spawned."""
-        return self._plane is not None
+        """Whether there is anything to end: something was spawned, or is being torn down."""
+        return self._span is not None
 
     @property
     def launched_plainly(self) -> bool:
@@ -412,10 +427,36 @@ class Supervisor:
     def close_if_unused(self) -> bool:
         """End a scope in which nothing was spawned; false if there is something to end."""
         with self._lock:
-            if self._plane is not None or not self._registry.ban_if_empty("the flow has ended"):
+            if self._span is not None or not self._registry.ban_if_empty("the flow has ended"):
                 return False
             self._closed = True
             return True
+
+    def link(self) -> None:
+        """Begin to watch the run that launched this one, if a supervisor did."""
+        if self.outer is None and _identity.LEASE in self._run.labels:
+            # An earlier attempt has left children, who count on a sign of life.
+            self._acquire().submit(self._hold_lease)
+        if self._link is None:
+            return
+        link = self._link
+
+        async def watch(services: Services) -> None:
+            link.watch(services.watcher)
+            self.own.watch(services.watcher)
+
+        self._acquire().submit(watch)
+
+    def unlink(self) -> concurrent.futures.Future[None] | None:
+        """Give the control plane up, if only the link has used it."""
+        with self._lock:
+            self._closed = True
+            plane, self._released = (None if self._released else self._plane), True
+        if plane is None:
+            return None
+        self.own.close()
+        plane.submit(self._unwatch)
+        return plane.release()
 
     def close(
         self, outcome: Cause, raised: BaseException | None
@@ -425,18 +466,14 @@ class Supervisor:
         self.own.close()
         with self._lock:
             self._closed = True
-            plane = self._plane
-        if plane is None:
-            return None
         if self._span is not None:
             reason = self._ending[1] if self._ending else None
             self._span.end(outcome=outcome, reason=reason, raised=raised)
-        plane.submit(self._unwatch)
-        return plane.release()
+        return self.unlink()
 
     # -- the control plane's side ----------------------------------------------------------------
 
-    def _engage(self) -> ControlPlane[Services]:
+    def _engage(self) -> Plane[Services]:
         """Start supervising: called by the first spawn, and by a teardown without any.
 
         The scopes around this one start as well: what is spawned here is below their runs too,
@@ -445,8 +482,8 @@ class Supervisor:
         if self.outer is not None:
             self.outer._engage_if_open()
         with self._lock:
-            if self._plane is None:
-                self._plane = ControlPlane.acquire(open_services)
+            plane = self._acquire()
+            if self._span is None:
                 self._span = _telemetry.SupervisorSpan(
                     flow_name=self._flow.name,
                     flow_run_id=str(self._run.id),
@@ -456,7 +493,16 @@ class Supervisor:
                     context=_telemetry.current_context(self._run.labels, _compat.TRACEPARENT_LABEL),
                     start_ns=self._started_ns,
                 )
-                self._plane.submit(self._watch)
+                if self._link is None:
+                    plane.submit(self._watch)
+                if self.outer is None:
+                    self.body.listen()
+            return plane
+
+    def _acquire(self) -> Plane[Services]:
+        with self._lock:
+            if self._plane is None:
+                self._plane = self.host.acquire_plane(functools.partial(open_services, self.host))
             return self._plane
 
     def _engage_if_open(self) -> None:
@@ -490,6 +536,8 @@ class Supervisor:
     async def _launch_child(
         self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
     ) -> None:
+        if child.kind == "deployment":
+            await self._hold_lease(services)
         run = await self._launcher_with(services).launch(child, spec)
         if run is None:
             return
@@ -509,6 +557,7 @@ class Supervisor:
                 spec.target,
                 run,
                 parameters,
+                host=self.host,
                 context=spec.context,
                 home_loop=spec.home_loop,
             ).start()
@@ -551,6 +600,42 @@ class Supervisor:
                 self.failures.append(child)
             if self._options.on_child_failure == "cancel_siblings" and self._ending is None:
                 self._fail_with(child)
+
+    def _on_child_settled(self, child: Child[Any]) -> None:
+        """Count a child as over, once what it may have left behind is over too."""
+        last_words = self._last_words.get(child.key) or self._clear_up_after(child)
+        if last_words is None:
+            self._registry.finished(child)
+        else:
+            last_words.add_done_callback(lambda _: self._registry.finished(child))
+
+    def _clear_up_after(self, child: Child[Any]) -> concurrent.futures.Future[None] | None:
+        """Begin to end what a child may have left behind, if a teardown of ours does not."""
+        cause = LEAVING.get(child.outcome) if child.outcome is not None else None
+        if child.kind != "deployment" or cause is None:
+            return None
+        if self._ending is not None or self._plane is None:
+            return None
+        if child.flow_run is None and child.was_requested:
+            return self._plane.submit(lambda services: self._end_unanswered(services, child))
+        if child.flow_run is not None and child.cancel_reason is None:
+            reap = functools.partial(self._reap_below, child=child, cause=cause)
+            return self._plane.submit(reap)
+        return None
+
+    async def _reap_below(self, services: Services, child: Child[Any], cause: Cause) -> None:
+        """End what a child launched that ended badly: it may have died before it could."""
+        assert child.flow_run is not None
+        report = await reap_below(
+            services.api,
+            self.lineage.nested(child.flow_run.id),
+            flow_name=child.name,
+            cause=cause,
+            reason=parent_reason(cause, child.name),
+            grace_seconds=self._options.grace_seconds,
+        )
+        if report is not None and report.receipts:
+            self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
 
     def _fail_with(self, child: Child[Any]) -> None:
         reason = CancelReason(
@@ -605,8 +690,41 @@ class Supervisor:
         run = child.flow_run
         if run is None or self._plane is None:
             return  # as soon as it has a run
-        self._plane.submit(lambda services: services.api.cut_loose(run, {_identity.DETACHED: True}))
+        if child.key not in self._last_words:
+            self._last_words[child.key] = self._plane.submit(
+                lambda services: self._cut_loose(services, child, run)
+            )
         child.settle("detached")
+
+    async def _cut_loose(self, services: Services, child: Child[Any], run: FlowRun) -> None:
+        """Have the server know that a child is detached: who else ends trees asks it."""
+        try:
+            await _launch.patiently(lambda: services.api.cut_loose(run, {_identity.DETACHED: True}))
+        except Exception:
+            self._logger.exception(
+                "Child %r (%s) is detached, but the server could not be told, so it may still be "
+                "ended with this run",
+                child.name,
+                run.id,
+            )
+
+    async def _end_unanswered(self, services: Services, child: Child[Any]) -> None:
+        """Cancel the run of a launch that was given up: the server may have created it."""
+        message = f"Cancelled because the launch of {child.name!r} was given up"
+        try:
+            tagged = await _launch.patiently(
+                lambda: services.api.read_tagged(self.lineage.tag, live_only=True)
+            )
+            spawn = (self._run.id, child.key, child.generation)
+            made = [run.id for run in tagged if _identity.spawn_of(run.labels) == spawn]
+            if made:
+                self._logger.warning("Cancelling %s, which nobody waits for", made[0])
+                await services.api.request_cancel(made, message)
+        except Exception:
+            self._logger.exception(
+                "The launch of child %r was given up, and nobody knows whether it has a run",
+                child.name,
+            )
 
     # -- the run's own end -----------------------------------------------------------------------
 
@@ -614,11 +732,60 @@ class Supervisor:
         self.own.watch(services.watcher)
 
     async def _unwatch(self, services: Services) -> None:
+        self._drop_lease()
+        if self._link is not None:
+            self._link.unwatch(services.watcher)
         self.own.unwatch(services.watcher)
+
+    async def _hold_lease(self, services: Services) -> None:
+        """Give signs of life to children elsewhere, from now to the end of the scope."""
+        if self.outer is not None and not self.outer._closed:
+            await self.outer._hold_lease(services)
+        elif self._lease is None and self._plane is not None:
+            self._lease = LeaseHolder(services.api, self._run, self._options.lease_seconds)
+            await self._lease.renew()
+            lease = self._lease
+            self._plane.submit(lambda _: lease.hold())
+
+    def _drop_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.drop()
+
+    def _on_lost(self, lost: UUID, reason: CancelReason) -> None:
+        """End the run, because what it must not outlive is gone; in the control plane."""
+        with self._lock:
+            if self._plane is not None:
+                self._plane.submit(lambda services: self._follow(services, lost, reason))
+
+    async def _follow(self, services: Services, lost: UUID, reason: CancelReason) -> None:
+        """End with a run above, unless somebody has detached this one from it since."""
+        assert self._link is not None
+        path = self.lineage.path
+        below = path[path.index(lost) + 1 :] if lost in path else path[-1:]
+        try:
+            runs = await services.api.read_runs(below)
+        except Exception:
+            logger.debug("Could not read what lies below a lost run", exc_info=True)
+            self._link.look_again(lost)
+            return
+        if self.own.lost is not None or any(run.labels.get(_identity.DETACHED) for run in runs):
+            return
+        self._logger.warning("This run ends itself: %s", reason)
+        self.own.lost = reason
+        await self._cancel_own_run(services)
+
+    async def _cancel_own_run(self, services: Services) -> None:
+        """Have the runner end this process, as for any cancellation, and not wait for it."""
+        message = f"Cancelled because {self.own.lost}"
+        try:
+            await services.api.request_cancel([self._run.id], message)
+        except Exception:
+            logger.debug("Could not cancel the own run", exc_info=True)
+        self.own.note_lost(message)
 
     def _on_own_cancellation(self) -> None:
         self.begin_teardown("cancelled", self.own.reason)
-        delay = _RUNNER_SECONDS if _compat.runner_owns(self._run.id) else 0.0
+        delay = _RUNNER_SECONDS if self.host.runner_owns(self._run) else 0.0
         asyncio.get_running_loop().call_later(delay, self.body.interrupt)
 
     async def _tear_down(self, services: Services) -> None:
@@ -685,10 +852,21 @@ class Supervisor:
         """Return the loop that an inline child needs, and that must not wait for it."""
         return self.body.loop if isinstance(target, Flow) and target.isasync else None
 
+    @property
+    def _is_launched_child(self) -> bool:
+        """Whether a supervisor of another process has launched this run."""
+        return self.outer is None and _identity.is_ours(self._run.labels, self._run.idempotency_key)
+
     def _find_lineage(self) -> _identity.Lineage:
-        if self.outer is not None and _identity.PATH not in self._run.labels:
-            return self.outer.lineage.nested(self._run.id)
-        return _identity.lineage_of(self._run.id, self._run.labels)
+        if not _identity.is_ours(self._run.labels, self._run.idempotency_key):
+            # A copy of one of our runs may carry its labels; what it launches is its own.
+            if self.outer is not None:
+                return self.outer.lineage.nested(self._run.id)
+            return _identity.Lineage(self._run.id, (self._run.id,))
+        lineage = _identity.lineage_of(self._run.id, self._run.labels)
+        if self.outer is None:
+            return lineage
+        return attrs.evolve(lineage, host=self.outer.lineage.host)  # which holds the lease
 
     def _runs_in_body(self) -> set[UUID]:
         """Return the supervised runs that this body executes by plain calls."""

@@ -9,21 +9,19 @@ cannot be done becomes a line of it.
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 import attrs
-from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
-from supervised import _identity, _telemetry
+from supervised import _clock, _identity, _telemetry
 from supervised._policy import HARD_CAUSES, Budget, outcome_of, receipt_status
 from supervised._types import Action, CancelReason, Cause, Receipt, TeardownReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
     from datetime import datetime
     from uuid import UUID
 
@@ -43,7 +41,7 @@ _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
 _LOOK_SECONDS = 0.05
 _INLINE_SECONDS = 1.0
-_HEARING_SECONDS = 5.0
+_HEARING_SECONDS = 4.0  # a runner looks after 3
 _HEARING_LOOK_SECONDS = 0.2
 _REQUEST_SECONDS = 8.0
 _FOREIGN_SECONDS = 2.0
@@ -66,8 +64,8 @@ class _Target:
     terminal_at: datetime | None = None
     escalations: list[str] = attrs.field(factory=list)
     error: str = ""
-    found: float = attrs.field(factory=time.monotonic)
-    above: frozenset[UUID] = frozenset()  # as far as its labels say
+    found: float = attrs.field(factory=_clock.monotonic)
+    above: frozenset[UUID] = frozenset()  # its labels say it, or it is one of these
     was_read: bool = False  # since it was asked: what is known from before proves nothing
 
     @property
@@ -106,6 +104,12 @@ class Teardown:
         budget: Seconds for all of it.
         delegate_to: An ancestor that tears the same tree down and verifies it.
         top: The run below which to search, if not the supervised run itself.
+        top_is_gone: Whether that run's process is known to have ended, so that whatever ran
+            inline in it is over too.
+        can_wait: Whether somebody is there to wait for a child whose policy is to be waited for;
+            otherwise it is left alone, which is as near as it gets.
+        spares: Whether policies count; a command to cancel everything overrides them, except that
+            a detached run is never touched.
         span: Gets an event a step, and is ended with the report.
     """
 
@@ -124,6 +128,9 @@ class Teardown:
         budget: Budget,
         delegate_to: UUID | None = None,
         top: UUID | None = None,
+        top_is_gone: bool = False,
+        can_wait: bool = True,
+        spares: bool = True,
         span: _telemetry.TeardownSpan | None = None,
     ) -> None:
         self._api = api
@@ -138,21 +145,31 @@ class Teardown:
         self._budget = budget
         self._delegate_to = delegate_to
         self._top = top or lineage.run_id
+        self._top_is_gone = top_is_gone
+        self._can_wait = can_wait
+        self._spares = spares
         self._span = span
         self._targets: dict[object, _Target] = {}
         self._spared: set[UUID] = set()
+        self._to_cut_loose: list[FlowRun] = []
+        self._gone: set[UUID] = set()  # deployed runs below that are over, and their processes too
         self._read_cost = 0.0
-        self._read_at = time.monotonic()
+        self._read_at = _clock.monotonic()
         self._news = watcher.news
         self._search_error = "" if delegate_to else "there was no time for it"
         self._is_waiting = False
         self._bound: anyio.CancelScope | None = None
-        self._started = time.monotonic()
-        self._started_at = now("UTC")
+        self._started = _clock.monotonic()
+        self._started_at = _clock.utc_now()
 
     @property
     def _elapsed(self) -> float:
-        return time.monotonic() - self._started
+        return _clock.monotonic() - self._started
+
+    async def finds_something(self) -> bool:
+        """Search the tree once, and tell whether there is anything to end."""
+        await self._discover()
+        return bool(self._targets or self._search_error)
 
     async def run(self) -> TeardownReport:
         """Tear down, and return what became of every run."""
@@ -181,7 +198,7 @@ class Teardown:
         if self._cause in HARD_CAUSES:
             return
         self._cause, self._reason = cause, reason
-        self._started = time.monotonic()
+        self._started = _clock.monotonic()
         if self._bound is not None:
             self._bound.deadline = anyio.current_time() + self._budget.total
         for key, target in list(self._targets.items()):
@@ -244,7 +261,7 @@ class Teardown:
             await self._wait_for_inline()
             await self._wait_to_hear()
             return
-        swept = time.monotonic()
+        swept = _clock.monotonic()
         await anyio.lowlevel.checkpoint()  # with no budget left, nothing is escalated either
         while True:
             await self._read_if_due(self._pending())
@@ -254,17 +271,19 @@ class Teardown:
             if not self._pending() and not await self._sweep():
                 return
             hears = self._watcher.hears
-            if time.monotonic() - swept > (_SWEEP_SECONDS_WITH_EVENTS if hears else _SWEEP_SECONDS):
+            if _clock.monotonic() - swept > (
+                _SWEEP_SECONDS_WITH_EVENTS if hears else _SWEEP_SECONDS
+            ):
                 await self._sweep()
-                swept = time.monotonic()
+                swept = _clock.monotonic()
             await anyio.sleep(_READ_SECONDS if self._search_error else _LOOK_SECONDS)
 
     async def _read_if_due(self, targets: list[_Target]) -> None:
         """Read when something has ended or begun since the last time, or enough time has passed."""
         seconds = _READ_SECONDS_WITH_EVENTS if self._watcher.hears else _READ_SECONDS
         due = self._read_at + max(seconds, 2 * self._read_cost)
-        if self._watcher.news != self._news or time.monotonic() > due:
-            self._news, self._read_at = self._watcher.news, time.monotonic()
+        if self._watcher.news != self._news or _clock.monotonic() > due:
+            self._news, self._read_at = self._watcher.news, _clock.monotonic()
             await self._verify(targets)
 
     def _live(self) -> list[_Target]:
@@ -283,9 +302,10 @@ class Teardown:
             target.child is None
             and not target.runs_remotely
             and not self._hosts_of(target)
+            and not self._host_is_over(target)
             and not self._body_runs()
             and self._in_body().isdisjoint(target.above)
-            and time.monotonic() - target.found > _FOREIGN_SECONDS
+            and _clock.monotonic() - target.found > _FOREIGN_SECONDS
         )
 
     # -- find -------------------------------------------------------------------------------
@@ -325,6 +345,10 @@ class Teardown:
         try:
             await self._discover_tagged()
             await self._discover_linked()
+            while self._to_cut_loose:
+                # Or Prefect's own cascade would follow the link, in 20 s.
+                await self._api.cut_loose(self._to_cut_loose[-1], {_identity.DETACHED: True})
+                self._to_cut_loose.pop()
             self._search_error = ""
         except Exception as exc:
             self._search_error = repr(exc)
@@ -368,21 +392,37 @@ class Teardown:
             child.flow_run_id for child in self._children() if child.flow_run_id is not None
         }
         frontier |= {t.run_id for t in self._targets.values() if t.run_id is not None}
+        self._gone |= {
+            child.flow_run_id
+            for child in self._children()
+            if child.kind == "deployment" and child.is_over and child.flow_run_id is not None
+        }
         seen = set(frontier)
         depth = 1
         while frontier := {run_id for run_id in frontier if not self._is_left_alone(run_id)}:
             found = await self._api.read_children(frontier)
+            inline = [run for run in found if run.deployment_id is None and not _is_over(run)]
+            parents = await self._api.read_parents(inline) if inline else {}
             for run in found:
+                is_over = _is_over(run)
                 if run.labels.get(_identity.DETACHED):
                     self._spared.add(run.id)
-                if run.id not in seen and run.state is not None and not run.state.is_final():
-                    self._take_run(run, depth=depth)
+                elif is_over and run.deployment_id is not None:
+                    self._gone.add(run.id)
+                if run.id not in seen and not is_over:
+                    self._take_run(run, depth=depth, parent_id=parents.get(run.id))
             frontier = {run.id for run in found} - seen
             seen |= frontier
             depth += 1
 
-    def _take_run(self, run: FlowRun, *, depth: int) -> None:
-        """Take up a run that was found on the server, unless it is detached or known."""
+    def _take_run(self, run: FlowRun, *, depth: int, parent_id: UUID | None = None) -> None:
+        """Take up a run that was found on the server, unless it is detached or known.
+
+        Args:
+            run: The run.
+            depth: Levels below the top.
+            parent_id: Its parent, where its labels do not say and it matters.
+        """
         if run.id in self._in_body():
             return
         if run.labels.get(_identity.DETACHED) or run.id in self._spared:
@@ -391,20 +431,35 @@ class Teardown:
         if self._target_of(run.id) is not None:
             return
         for child in self._children():
-            if child.flow_run_id == run.id or _same_spawn(child, run):
-                return  # its own target, or about to be
+            if child.flow_run_id == run.id or self._is_about_to_be(child, run):
+                return  # its own target
         action = _identity.action_of(run.labels, self._cause if depth == 1 else "cancelled")
-        if action == "detach":
+        if not self._spares:
+            action = "cancel"
+        if action == "detach" or (action == "wait" and not self._can_wait):
             self._spared.add(run.id)
+            if action == "detach":
+                self._to_cut_loose.append(run)
             return
+        above = set(_identity.path_of(run.labels))
+        if parent_id is not None:
+            parent = self._target_of(parent_id)
+            above |= {parent_id} | (parent.above if parent is not None else set())
         self._targets[run.id] = _Target(
             name=run.name,
             depth=depth,
             action=action,
             run=run,
             state=run.state,
-            above=frozenset(_identity.path_of(run.labels)),
+            above=frozenset(above),
         )
+
+    def _is_about_to_be(self, child: Child[Any], run: FlowRun) -> bool:
+        """Whether a run is that of a child whose creation has not been answered yet."""
+        if child.flow_run_id is not None or child.is_over:
+            return False
+        spawn = (self._lineage.run_id, child.key, child.generation)
+        return _identity.spawn_of(run.labels) == spawn
 
     # -- request ----------------------------------------------------------------------------
 
@@ -417,8 +472,8 @@ class Teardown:
                 if target.child.interrupt is not None:
                     target.child.interrupt()
             if target.run is not None:
-                target.requested = time.monotonic()
-                target.requested_at = now("UTC")
+                target.requested = _clock.monotonic()
+                target.requested_at = _clock.utc_now()
         remote = [t for t in fresh if t.runs_remotely]
         remote.sort(key=lambda t: t.depth)
         await self._ask_server(remote)
@@ -445,7 +500,7 @@ class Teardown:
             if ack.state is not None:
                 self._update(target, ack.state)
             if ack.accepted and target.acknowledged_at is None:
-                target.acknowledged_at = now("UTC")
+                target.acknowledged_at = _clock.utc_now()
                 if target.child is not None:
                     target.child.mark_acknowledged()
 
@@ -455,14 +510,14 @@ class Teardown:
         ids = [t.run_id for t in targets if t.run_id is not None]
         if not ids:
             return
-        began = time.monotonic()
+        began = _clock.monotonic()
         try:
             with _telemetry.unobserved():
                 runs = await self._api.read_runs(ids)
         except Exception:
             logger.debug("Could not read the tree; trying again", exc_info=True)
             return
-        self._read_cost = time.monotonic() - began
+        self._read_cost = _clock.monotonic() - began
         for run in runs:
             self._watcher.apply(run)
             for target in self._targets.values():
@@ -474,7 +529,7 @@ class Teardown:
     def _update(self, target: _Target, state: State[Any]) -> None:
         target.state = state
         if state.is_final() and target.terminal_at is None:
-            target.terminal_at = now("UTC")
+            target.terminal_at = _clock.utc_now()
         if state.is_final() and target.child is not None and target.run_id is not None:
             self._watcher.hint(target.run_id)
 
@@ -516,7 +571,7 @@ class Teardown:
         for target in self._pending():
             if target.requested is None or target.action != "cancel":
                 continue
-            waited = time.monotonic() - target.requested
+            waited = _clock.monotonic() - target.requested
             try:
                 await self._escalate_one(target, waited)
             except Exception as exc:
@@ -572,8 +627,9 @@ class Teardown:
                 self._update(target, state)
 
     def _host_is_over(self, target: _Target) -> bool:
-        hosts = self._hosts_of(target)
-        return bool(hosts) and all(t.is_over for t in hosts)
+        if hosts := self._hosts_of(target):
+            return all(host.is_over for host in hosts)
+        return self._top_is_gone or not self._gone.isdisjoint(target.above)
 
     def _hosts_of(self, target: _Target) -> list[_Target]:
         """Return the deployed runs above an inline one; the nearest is its process."""
@@ -658,17 +714,12 @@ class Teardown:
             return f"{where}; its policy is to be waited for, and the grace ran out"
         if target.child is not None and target.child.kind == "inline":
             return f"{where}; its code in this process ignores the cancellation"
+        if not target.runs_remotely and not self._can_wait:
+            return f"{where}; it runs inside another run's process, which may be alive"
         if not target.runs_remotely:
             return f"{where}; it runs inline in code that this scope did not start"
         return f"{where} {self._elapsed:.0f} s after the request; its runner or process may be dead"
 
 
-def _same_spawn(child: Child[Any], run: FlowRun) -> bool:
-    """Whether a run is a child whose creation has not been answered yet."""
-    labels: Mapping[str, Any] = run.labels
-    return (
-        child.flow_run_id is None
-        and not child.is_over
-        and labels.get(_identity.KEY) == child.key
-        and labels.get(_identity.GENERATION) == child.generation
-    )
+def _is_over(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_final()

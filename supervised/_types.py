@@ -41,6 +41,7 @@ Source = Literal[
     "parent_timed_out",
     "parent_cancelled",
     "parent_crashed",
+    "parent_lost",
     "deadline",
     "unknown",
 ]
@@ -210,9 +211,12 @@ class ScopeOptions:
         on_parent: Default `on_parent` of every child.
         on_child_failure: What a failed child does to the others.
         max_concurrent: Children launched and not over at any one time; `None` for no limit.
+        lease_seconds: Seconds without a sign of life from this process after which its children
+            elsewhere take it for dead.
     """
 
     grace_seconds: float = 20.0
+    lease_seconds: float = 30.0
     on_parent: Mapping[Cause, Action] = attrs.field(factory=lambda: DEFAULT_ON_PARENT)
     on_child_failure: OnChildFailure = "cancel_siblings"
     max_concurrent: int | None = None

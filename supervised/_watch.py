@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from prefect.client.schemas.objects import State, StateType
-from prefect.types._datetime import now
 
-from supervised import _telemetry
+from supervised import _clock, _telemetry
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
     from supervised._api import Orchestrator, RunEvent
     from supervised._child import Child
+
+    OnRead = Callable[[UUID, FlowRun | None], None]
 
 logger = logging.getLogger("prefect.supervised.watch")
 
@@ -44,11 +45,14 @@ class Watcher:
         self._api = api
         self._children: dict[UUID, Child[Any]] = {}
         self._owners: dict[UUID, Callable[[FlowRun], None]] = {}
+        self._others: dict[UUID, list[OnRead]] = {}
+        self._paces: dict[tuple[UUID, OnRead], float] = {}
         self._resources: Counter[str] = Counter()
         self._hinted: set[UUID] = set()
         self._wake_reader = anyio.Event()
         self._resubscribe = anyio.Event()
         self._connected = False
+        self._is_trusted = True  # until an end is found that the stream has not told of
         self.news = 0  # ends and new runs that the stream has told of, in any tree we subscribe to
         self._heard: set[UUID] = set()  # ends that the stream told of since the last poll
         self._unheard: set[UUID] = set()  # ends that only the last poll has found
@@ -68,6 +72,29 @@ class Watcher:
         self._owners.pop(run_id, None)
         self._subscribe(-1, *_resources(run_id, tag))
 
+    def watch_other(self, run_id: UUID, on_change: OnRead, *, every: float) -> None:
+        """Follow a run of another process.
+
+        Args:
+            run_id: The run.
+            on_change: Called with every read of it, and with `None` if it does not exist.
+            every: Seconds in which it is read at least once.
+        """
+        self._paces[run_id, on_change] = every
+        self._others.setdefault(run_id, []).append(on_change)
+        self._subscribe(+1, f"prefect.flow-run.{run_id}")
+        self.hint(run_id)
+
+    def unwatch_other(self, run_id: UUID, on_change: OnRead) -> None:
+        """Stop following a run of another process."""
+        self._paces.pop((run_id, on_change), None)
+        listeners = self._others.get(run_id, [])
+        if on_change in listeners:
+            listeners.remove(on_change)
+            self._subscribe(-1, f"prefect.flow-run.{run_id}")
+        if not listeners:
+            self._others.pop(run_id, None)
+
     @property
     def hears(self) -> bool:
         """Whether the event stream is up, so that reads are needed for certainty only."""
@@ -82,6 +109,8 @@ class Watcher:
         """Take over what a read says of a run."""
         if (on_change := self._owners.get(run.id)) is not None:
             on_change(run)
+        for listen in list(self._others.get(run.id, ())):
+            listen(run.id, run)
         child = self._children.get(run.id)
         if child is None or run.state is None:
             return
@@ -132,9 +161,9 @@ class Watcher:
     async def _stream(self, resources: list[str], scope: anyio.CancelScope) -> None:
         try:
             async with self._api.subscribe(resources) as events:
+                self._connected = self._is_trusted
                 async for event in events:
-                    # Not before: a server may accept the subscription and never send.
-                    self._connected = True
+                    self._connected = self._is_trusted = True
                     self._on_event(event)
             logger.debug("The event stream ended; polling until it is back")
         except Exception:
@@ -151,7 +180,7 @@ class Watcher:
         if event.state_type in _TERMINAL or event.state_type in _NEW:
             self.news += 1
         child = self._children.get(event.run_id)
-        if child is None and event.run_id not in self._owners:
+        if child is None and event.run_id not in self._owners and event.run_id not in self._others:
             return
         is_asked = event.state_type == StateType.CANCELLING and (
             child is None or child.kind == "inline"  # a runner hears of it, or we must tell
@@ -159,7 +188,7 @@ class Watcher:
         if event.state_type in _TERMINAL or is_asked:
             self.hint(event.run_id)
         elif child is not None:
-            occurred = event.occurred or now("UTC")
+            occurred = event.occurred or _clock.utc_now()
             child.observe(State(type=event.state_type, name=event.state_name, timestamp=occurred))
 
     # -- reads ------------------------------------------------------------------------------
@@ -177,11 +206,12 @@ class Watcher:
 
     async def _poll(self) -> None:
         while True:
-            await anyio.sleep(_POLL_SECONDS if self._connected else _POLL_WITHOUT_EVENTS_SECONDS)
+            seconds = _POLL_SECONDS if self._connected else _POLL_WITHOUT_EVENTS_SECONDS
+            await anyio.sleep(min([seconds, *self._paces.values()]))
             if self._unheard:
                 self._distrust()
             before = set(self._children)
-            await self.refresh({*before, *self._owners})
+            await self.refresh({*before, *self._owners, *self._others})
             if self._connected:
                 self._unheard = before - set(self._children) - self._heard
             self._heard.clear()
@@ -190,7 +220,7 @@ class Watcher:
         """Open a new stream: one that is open but silent looks like one with nothing to say."""
         logger.debug("The event stream kept quiet about %d ends", len(self._unheard))
         self._unheard.clear()
-        self._connected = False
+        self._connected = self._is_trusted = False
         self._resubscribe.set()
 
     async def refresh(self, run_ids: set[UUID]) -> bool:
@@ -210,7 +240,9 @@ class Watcher:
         return True
 
     def _lost(self, run_id: UUID) -> None:
-        """Settle a child whose run somebody deleted."""
+        """Tell of a run that somebody deleted; a child of ours is over with it."""
+        for listen in list(self._others.get(run_id, ())):
+            listen(run_id, None)
         child = self._children.pop(run_id, None)
         if child is not None and child.kind != "inline":
             gone = LookupError("its flow run was deleted from the server")

@@ -1,5 +1,6 @@
 """What we rely on of Prefect beyond its public surface: these say when Prefect changes it."""
 
+import asyncio
 import inspect
 import signal
 
@@ -100,3 +101,32 @@ def test_a_returned_state_becomes_the_state_of_the_run(server):
     state = ends_cancelled(return_state=True)
     assert state.is_cancelled()
     assert state.message == "so it was"
+
+
+def test_a_runner_sees_our_hook_and_nobody_else(server, caplog):
+    from prefect.client.orchestration import get_client
+    from prefect.runner._hook_runner import HookRunner
+    from prefect.states import Crashed
+
+    from supervised import supervised_flow
+
+    called = []
+
+    def mine(flow, flow_run, state):
+        called.append(flow.on_crashed_hooks)
+
+    @supervised_flow(on_crashed=[mine])
+    def parent():
+        pass
+
+    async def resolve(_):
+        return parent
+
+    async def run_hooks(run):
+        await HookRunner(resolve_flow=resolve).run_crashed_hooks(run, Crashed())
+
+    assert parent.on_crashed_hooks == [mine]
+    with get_client(sync_client=True) as client:
+        asyncio.run(run_hooks(client.create_flow_run(parent)))
+    assert called == [[mine]]
+    assert "Hook 'end_what_is_left' finished running successfully" in caplog.text

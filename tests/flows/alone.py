@@ -1,4 +1,4 @@
-"""A supervised flow run by hand, with no runner: `python alone.py async|sync FOLDER`."""
+"""A flow run by hand, with no runner: `python alone.py async|sync|busy|crowded FOLDER`."""
 
 import asyncio
 import sys
@@ -44,6 +44,21 @@ async def alone_busy(folder: str) -> None:
     await task
 
 
+@supervised_flow
+async def alone_crowded(folder: str) -> None:
+    """A background task that has nearly all of the time: it gets the signal's exception."""
+    spawn_all(folder)
+
+    async def compute() -> None:
+        while True:
+            sum(number for number in range(100_000))
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(compute())
+    await asyncio.sleep(3600)
+    await task
+
+
 if __name__ == "__main__":
     kind, folder = sys.argv[1:]
     (Path(folder) / "started").touch()
@@ -52,6 +67,8 @@ if __name__ == "__main__":
             asyncio.run(alone_async(folder))
         elif kind == "busy":
             asyncio.run(alone_busy(folder))
+        elif kind == "crowded":
+            asyncio.run(alone_crowded(folder))
         else:
             alone_sync(folder)
     except CancelledRun:

@@ -150,6 +150,16 @@ def root_sync_timeout(folder: str, children: list[str]) -> None:
     root_sync.unsupervised_fn(folder, children)
 
 
+@supervised_flow(on_child_failure="ignore")
+async def lenient(folder: str, children: list[str]) -> None:
+    await _body(folder, children)
+
+
+@supervised_flow(lease_seconds=4)
+async def root_brief(folder: str, children: list[str]) -> None:
+    await _body(folder, children)
+
+
 SERVED = [
     top,
     leaf,
@@ -161,4 +171,6 @@ SERVED = [
     root_sync,
     root_timeout,
     root_sync_timeout,
+    root_brief,
+    lenient,
 ]

@@ -22,7 +22,7 @@ from supervised import (
     ParametersError,
     ServerUnreachableError,
     SpawnError,
-    _api,
+    _launch,
     supervised_flow,
     supervisor,
 )
@@ -256,14 +256,14 @@ def test_a_failed_launch_that_nobody_awaits_fails_the_parent(server):
 
 
 def test_an_unreachable_server_is_retried_and_then_the_childs_outcome(monkeypatch):
-    monkeypatch.setattr(_api, "_LAUNCH_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(_launch, "_PATIENCE_SECONDS", 1.0)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/api"
 
         async def launch():
             async with open_orchestrator() as api:
-                await api.read_deployment("some/deployment")
+                await _launch.patiently(lambda: api.read_deployment("some/deployment"))
 
         with temporary_settings({PREFECT_API_URL: url}):
             with pytest.raises(ServerUnreachableError, match="PREFECT_API_URL"):

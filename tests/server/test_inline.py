@@ -137,7 +137,7 @@ def test_children_carry_the_parent_link_our_tag_and_what_the_user_gave():
     (run,) = runs_below(run_id)
     assert run.id == child_id
     assert run.name == "first"
-    assert set(run.tags) == {"ambient", "mine", f"supervised:{run_id}"}
+    assert set(run.tags) == {"ambient", "mine", "supervised", f"supervised:{run_id}"}
     assert run.labels["supervised.parent"] == str(run_id)
     assert run.idempotency_key.startswith(f"supervised:{run_id}:")
     assert run.state.is_completed()

@@ -68,6 +68,18 @@ def test_a_signal_takes_the_tree_along(
     assert_cancelled_below(deployed, root)
 
 
+def test_a_signal_that_another_task_of_the_loop_swallows_is_not_lost(
+    deployed: World, alone
+) -> None:
+    """Under plain Prefect the process lives on, and so do its children."""
+    process, root = alone("crowded")
+    os.kill(process.pid, signal.SIGTERM)
+    assert_all_gone(deployed, root)
+    assert process.wait(10) != 0
+    assert deployed.run(root).state.is_crashed()
+    assert_cancelled_below(deployed, root)
+
+
 def test_cancelling_under_flow_serve_takes_the_tree_along(deployed: World) -> None:
     env = {**deployed.server.env, **RUNNER}
     log = deployed.folder / "pickled.log"

@@ -136,7 +136,10 @@ def test_no_two_creations_share_an_idempotency_key(one, other):
 @given(lineages, st.uuids(), st.text(), st.integers(0, 10**6), attached_policies)
 def test_labels_tell_a_stranger_where_the_child_stands(lineage, run, key, generation, policy):
     labels = child_labels(lineage, key=key, generation=generation, on_parent=policy)
-    assert lineage.nested(run) == lineage_of(run, labels)
+    deployed = lineage_of(run, labels)
+    assert lineage.nested(run).path == deployed.path
+    assert deployed.host == run  # in a process of its own
+    assert lineage.nested(run).host == lineage.host
     assert str(lineage.root) == labels[ROOT]
     assert str(lineage.run_id) == labels[PARENT]
     assert policy == on_parent_of(labels)
