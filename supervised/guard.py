@@ -1,0 +1,164 @@
+"""The guard: a service that ends what nobody else can.
+
+It covers the children that carry no code of ours once their parent's runner and host are gone. It
+is level-triggered: the end of any run makes it look at once, a timer makes it look for certain,
+and it remembers nothing but for how long leases have stood still. Several guards do no harm.
+
+Run it with `supervised guard`, as a service; with `supervised guard --once`, from cron; or serve
+the flow of this module:
+
+```python
+from supervised.guard import guard
+
+if __name__ == "__main__":
+    guard.serve("every-minute", interval=60)
+```
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import anyio
+import attrs
+from prefect import flow
+from prefect.client.schemas.objects import TERMINAL_STATES
+
+from supervised import _clock, _telemetry
+from supervised._api import open_orchestrator
+from supervised._lease import LeaseReader
+from supervised._orphans import Findings, find_for_certain, find_orphans, reap_orphans
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from supervised._api import Orchestrator
+    from supervised._orphans import Orphan
+    from supervised._types import TeardownReport
+
+__all__ = ["Guard", "guard"]
+
+logger = logging.getLogger("prefect.supervised.guard")
+
+_SETTLE_SECONDS = 5.0  # after an end, for the run's own teardown and its runner's hooks to act
+_RECONNECT_SECONDS = 5.0
+_LEAST_SECONDS = 1.0  # between two looks
+
+
+@attrs.define
+class Guard:
+    """Finds orphans and ends them.
+
+    Args:
+        api: The seam to Prefect.
+        interval_seconds: Seconds between two looks when nothing is heard.
+        grace_seconds: Seconds that ending the orphans of one parent may take.
+    """
+
+    api: Orchestrator
+    interval_seconds: float = 30.0
+    grace_seconds: float = 20.0
+    looked_at: float | None = attrs.field(default=None, init=False)
+    """When the last look at the server succeeded, by the monotonic clock."""
+
+    _leases: LeaseReader = attrs.field(factory=LeaseReader, init=False)
+    _unverified: set[UUID | None] = attrs.field(factory=set, init=False)
+    _heard: anyio.Event = attrs.field(factory=anyio.Event, init=False)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the server could be looked at lately."""
+        patience = 3 * self.interval_seconds + self.grace_seconds
+        return self.looked_at is not None and _clock.monotonic() - self.looked_at < patience
+
+    async def run(self) -> None:
+        """Guard until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._listen)
+            while True:
+                self._heard = anyio.Event()
+                found = await self._find()
+                await self._reap(found.orphans)
+                seconds = max(_LEAST_SECONDS, min(self.interval_seconds, found.look_again_after))
+                with anyio.move_on_after(seconds):
+                    await self._heard.wait()
+                    await anyio.sleep(min(_SETTLE_SECONDS, seconds))
+
+    async def look(self) -> list[TeardownReport]:
+        """Look once and end what is found; a server that does not answer is asked next time.
+
+        Returns:
+            What became of the orphans.
+        """
+        return await self._reap((await self._find()).orphans)
+
+    async def look_for_certain(self) -> list[TeardownReport]:
+        """Look until it is certain which of the silent processes live, as if never to look again.
+
+        Returns:
+            What became of the orphans.
+        """
+        with _telemetry.unobserved():
+            orphans = await find_for_certain(self.api, self._leases)
+        return await self._reap(orphans)
+
+    async def _find(self) -> Findings:
+        try:
+            with _telemetry.unobserved():
+                found = await find_orphans(self.api, self._leases)
+        except Exception as exc:
+            logger.warning("Could not look for orphans, trying again: %r", exc)
+            logger.debug("Looking failed", exc_info=True)
+            return Findings([])
+        self.looked_at = _clock.monotonic()
+        return found
+
+    async def _reap(self, orphans: list[Orphan]) -> list[TeardownReport]:
+        for orphan in orphans:
+            level = logging.DEBUG if orphan.run.id in self._unverified else logging.WARNING
+            logger.log(level, "Ending run %r (%s): %s", orphan.run.name, orphan.run.id, orphan.why)
+        try:
+            reports = await reap_orphans(self.api, orphans, grace_seconds=self.grace_seconds)
+        except Exception:
+            logger.exception("Could not end every orphan, trying again")
+            return []
+        for report in reports:
+            self._log(report)
+        return reports
+
+    def _log(self, report: TeardownReport) -> None:
+        """Log a report, unless it only repeats what nobody could do anything about before."""
+        failed = {r.flow_run_id for r in report.receipts if r.status == "unverified"}
+        is_known = bool(failed) and failed <= self._unverified
+        self._unverified |= failed
+        level = logging.DEBUG if is_known else logging.INFO if report.ok else logging.ERROR
+        logger.log(level, "%s", report)
+
+    async def _listen(self) -> None:
+        """Look soon after any run has ended; a lost stream costs speed, not certainty."""
+        while True:
+            try:
+                async with self.api.subscribe_all() as events:
+                    async for event in events:
+                        if event.state_type in TERMINAL_STATES:
+                            self._heard.set()
+                logger.debug("The event stream ended; opening another")
+            except Exception:
+                logger.debug("The event stream failed; opening another", exc_info=True)
+            await anyio.sleep(_RECONNECT_SECONDS)
+
+
+@flow(name="supervised-guard")
+async def guard(grace_seconds: float = 20.0) -> list[str]:
+    """Look for orphans once and end them; serve it on an interval.
+
+    Args:
+        grace_seconds: Seconds that ending the orphans of one parent may take.
+
+    Returns:
+        One line for each run that was ended.
+    """
+    async with open_orchestrator() as api:
+        reports = await Guard(api, grace_seconds=grace_seconds).look_for_certain()
+    return [str(receipt) for report in reports for receipt in report.receipts]
