@@ -47,6 +47,7 @@ class LocalServer:
 def local_server(
     *,
     home: Path | None = None,
+    port: int | None = None,
     settings: Mapping[str, str] | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Iterator[LocalServer]:
@@ -57,6 +58,7 @@ def local_server(
 
     Args:
         home: Where it keeps its database; a temporary folder by default.
+        port: Where it listens; a free port by default.
         settings: Further Prefect settings as environment variables.
         progress: Called about twice a second with the seconds waited so far.
 
@@ -76,7 +78,7 @@ def local_server(
         if home is None:
             folder = tempfile.TemporaryDirectory(prefix="supervised-", ignore_cleanup_errors=True)
             home = Path(stack.enter_context(folder))
-        port = _free_port()
+        port = port or _free_port()
         url = f"http://127.0.0.1:{port}/api"
         # Prefect's runners keep flows in a folder of a fixed name below the temporary one, which
         # on a shared machine belongs to whoever was there first.
