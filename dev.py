@@ -4,10 +4,11 @@
     python3 dev.py demo           a tree of real processes is cancelled, on a real server
     python3 dev.py test           the full test suite
     python3 dev.py test --fast    what needs no server, in well under two minutes
+    python3 dev.py matrix         every way a parent ends, on SQLite and PostgreSQL: 15 minutes
     python3 dev.py check          lint and types
 
-Anything after `test` goes on to pytest. The environment is `.venv` in this folder; delete it to
-start afresh.
+Anything after `test` or `matrix` goes on to pytest. The environment is `.venv` in this folder;
+delete it to start afresh.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def main(arguments: list[str]) -> int:
     if command == "test":
         prepare("test")
         return run([str(PYTHON), "-m", "pytest", *pytest_options(rest)])
+    if command == "matrix":
+        prepare("test")
+        return run([str(PYTHON), "-m", "pytest", "-m", "matrix", "-v", *rest])
     if command == "check":
         prepare("lint")
         return check()
@@ -53,8 +57,8 @@ def pytest_options(rest: list[str]) -> list[str]:
     workers = ["-n", "2", "--dist", "loadfile"]
     if "--fast" in rest:
         rest = [option for option in rest if option != "--fast"]
-        return ["-m", "not server", *workers, *rest]
-    return [*workers, *rest]
+        return ["-m", "not server and not long", *workers, *rest]
+    return ["-m", "not matrix", *workers, *rest]
 
 
 def check() -> int:

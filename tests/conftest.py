@@ -59,7 +59,7 @@ def runner(server: LocalServer) -> Iterator[None]:
     with running(command, env=env, log=server.home / "runner.log", cwd=FLOWS):
         with get_client(sync_client=True) as client:
             eventually(
-                lambda: len(client.read_deployments()) >= 10,
+                lambda: len(client.read_deployments()) >= 12,
                 seconds=90,
                 what="the deployments are served",
             )
@@ -93,6 +93,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "server" in getattr(item, "fixturenames", ()):
             item.add_marker("server")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Show how long children have outlived their parents."""
+    rows = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "kill matrix"
+    ]
+    if rows:
+        terminalreporter.section("seconds that children have outlived their parent")
+    for kind, way, seconds in rows:
+        slowest = max(seconds, key=seconds.get)
+        cells = "  ".join(f"{name} {value:g}" for name, value in sorted(seconds.items()))
+        terminalreporter.line(f"{kind}, {way}: slowest {slowest}, {seconds[slowest]:g} s")
+        terminalreporter.line(f"    {cells}")
 
 
 def _say(what: str):
