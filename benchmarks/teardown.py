@@ -14,26 +14,15 @@ import json
 import os
 import platform
 import signal
-import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from uuid import UUID
 
 import prefect
 import psutil
-from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from rich.console import Console
 from rich.table import Table
-
-from supervised.testing import local_server, running
-
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path.insert(0, str(TESTS))
-from support.world import World, eventually  # noqa: E402
+from stage import console, open_stage, spread
+from support.world import World
 
 LEAVES = ["leaf/test"] * 4
 MIDS = ["mid/test"] * 2
@@ -42,24 +31,21 @@ CASES = {
     "2 mids of 3 leaves": ("root", MIDS, 9),
 }
 ENDINGS = ("cancelled", "failed", "timed out", "SIGTERM")
-console = Console(stderr=True)
 
 
 def main() -> int:
     options = arguments()
     rows = []
-    with stage() as (home, client, server):
+    with open_stage() as stage:
         for tree in options.trees:
             root, children, processes = CASES[tree]
             for ending in options.endings:
                 times = []
                 for repetition in range(options.repetitions):
-                    folder = Path(tempfile.mkdtemp(dir=home))
-                    world = World(server, folder, client)
-                    times.append(measure(world, root, children, processes, ending))
+                    times.append(measure(stage.world(), root, children, processes, ending))
                     console.print(f"{tree}, {ending}, {repetition + 1}: {times[-1]}", style="dim")
                 rows.append({"tree": tree, "ending": ending, "times": times})
-        left = left_over(client)
+        left = left_over(stage.client)
     report = {
         "prefect": prefect.__version__,
         "python": platform.python_version(),
@@ -80,21 +66,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--endings", nargs="*", default=ENDINGS, choices=ENDINGS)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
-
-
-@contextlib.contextmanager
-def stage() -> Iterator[tuple]:
-    with contextlib.ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        console.print("starting a server and a runner ...")
-        server = stack.enter_context(local_server(home=home))
-        stack.enter_context(temporary_settings({PREFECT_API_URL: server.url}))
-        client = stack.enter_context(get_client(sync_client=True))
-        env = {**server.env, "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
-        command = [sys.executable, "serve.py"]
-        stack.enter_context(running(command, env=env, log=home / "runner.log", cwd=TESTS / "flows"))
-        eventually(lambda: len(client.read_deployments()) >= 10, seconds=90, what="served")
-        yield home, client, server
 
 
 def measure(
@@ -166,10 +137,6 @@ def show(report: dict) -> None:
         table.add_row(row["tree"], row["ending"], *cells)
     console.print(table)
     console.print(f"left over: {report['left_over'] or 'nothing'}")
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":
