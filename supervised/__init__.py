@@ -13,7 +13,7 @@ General layout, every module importing only from those below it:
 - `_host`: the process that all of this runs in.
 - `_api`, `_telemetry`, `_control`: Prefect's client, OpenTelemetry, the thread.
 - `_proxy`, `_context`, `_hooks`, `_compat`: what is current; user hooks; Prefect's private parts.
-- `_bell`, `_clock`: what signals come, and what time it is.
+- `_bell`, `_clock`, `_log`: what signals come, what time it is, and how to tell of it.
 - `_policy`, `_identity`, `_errors`, `_types`: decisions, names and values, all pure.
 """
 

@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -27,6 +26,7 @@ from supervised._errors import (
     ChildTimedOut,
     SpawnError,
 )
+from supervised._log import get_logger
 from supervised._types import CancelReason
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from supervised import _telemetry
     from supervised._types import Action, Cause, Kind, Outcome
 
-logger = logging.getLogger("prefect.supervised.child")
+logger = get_logger("prefect.supervised.child")
 
 R = TypeVar("R")
 

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import logging
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from prefect.states import Cancelled, Cancelling
 from supervised import _clock, _compat, _telemetry
 from supervised._context import current_child
 from supervised._errors import ParametersError
+from supervised._log import get_logger
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from supervised._child import Child
     from supervised._host import Host
 
-logger = logging.getLogger("prefect.supervised.inline")
+logger = get_logger("prefect.supervised.inline")
 
 
 class InlineRun:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -27,6 +26,7 @@ from supervised._errors import (
     ServerUnreachableError,
     SpawnError,
 )
+from supervised._log import get_logger
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from supervised._child import Child
 
-logger = logging.getLogger("prefect.supervised.launch")
+logger = get_logger("prefect.supervised.launch")
 
 T = TypeVar("T")
 _PATIENCE_SECONDS = 30.0

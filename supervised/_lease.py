@@ -9,13 +9,13 @@ nothing.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import anyio
 import attrs
 
 from supervised import _clock, _identity
+from supervised._log import get_logger
 from supervised._policy import may_have_process
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from supervised._api import Orchestrator
 
-logger = logging.getLogger("prefect.supervised.lease")
+logger = get_logger("prefect.supervised.lease")
 
 _RENEWALS = 4  # in one term: three may be lost before anybody thinks the process dead
 

@@ -6,11 +6,11 @@ of its parent's death, whatever killed it, and ends its own tree first.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from supervised import _identity
 from supervised._lease import LeaseReader, renewal_seconds
+from supervised._log import get_logger
 from supervised._policy import cause_of, is_silent
 from supervised._types import CancelReason
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from supervised._watch import Watcher
 
-logger = logging.getLogger("prefect.supervised.link")
+logger = get_logger("prefect.supervised.link")
 
 
 class Link:

@@ -6,7 +6,6 @@ been heard, and several finders at once do no harm. Nothing is judged by its tag
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -16,6 +15,7 @@ import attrs
 
 from supervised import _identity
 from supervised._lease import LeaseReader, renewal_seconds
+from supervised._log import get_logger
 from supervised._policy import cause_of, is_silent
 from supervised._reap import reap_below
 from supervised._types import CancelReason
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from supervised._types import Cause, TeardownReport
 
 
-logger = logging.getLogger("prefect.supervised.orphans")
+logger = get_logger("prefect.supervised.orphans")
 
 _LEAST_SECONDS = 1.0  # between two looks, however short a lease somebody has chosen
 

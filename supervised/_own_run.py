@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import anyio
 
 from supervised import _identity
+from supervised._log import get_logger
 from supervised._policy import parent_reason
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from supervised._types import CancelReason
     from supervised._watch import Watcher
 
-logger = logging.getLogger("prefect.supervised")
+logger = get_logger("prefect.supervised")
 
 _RECHECK_SECONDS = 2.0
 

@@ -11,10 +11,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from prefect.logging.loggers import flow_run_logger
 
 from supervised import _identity
 from supervised._api import open_orchestrator
+from supervised._log import get_logger, run_logger
 from supervised._policy import Budget, parent_reason
 from supervised._teardown import Teardown
 from supervised._watch import Watcher
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from supervised._api import Orchestrator
     from supervised._types import CancelReason, Cause, TeardownReport
 
-logger = logging.getLogger("prefect.supervised.reap")
+logger = get_logger("prefect.supervised.reap")
 
 _START_SECONDS = 5.0  # beyond the grace: opening a client, and the first search
 
@@ -82,14 +82,14 @@ def end_what_is_left(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any])
     The hook that `@supervised_flow` shows to runners. It finds nothing if the run's own teardown
     has done its work. It never raises, and is bounded by the flow's grace.
     """
-    run_logger = flow_run_logger(flow_run, flow)
+    log = run_logger(flow_run, flow)
     try:
         report = asyncio.run(_end_below_on_server(flow, flow_run, state))
     except Exception:
-        run_logger.exception("Could not look for what this run has left behind")
+        log.exception("Could not look for what this run has left behind")
         return
     if report is not None and report.receipts:
-        run_logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
+        log.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
 
 
 async def _end_below_on_server(

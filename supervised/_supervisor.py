@@ -22,7 +22,6 @@ import attrs
 from prefect.client.schemas.objects import FlowRun, TaskRunResult
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.flows import Flow
-from prefect.logging.loggers import flow_run_logger
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
 from supervised import _clock, _compat, _identity, _launch, _telemetry
@@ -34,6 +33,7 @@ from supervised._host import Host, current_host
 from supervised._inline import InlineRun
 from supervised._lease import LeaseHolder
 from supervised._link import Link
+from supervised._log import get_logger, run_logger
 from supervised._own_run import OwnRun
 from supervised._policy import (
     HARD_CAUSES,
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from supervised._api import Orchestrator
     from supervised._control import Plane
 
-logger = logging.getLogger("prefect.supervised")
+logger = get_logger("prefect.supervised")
 
 R = TypeVar("R")
 _RUNNER_SECONDS = 5.0  # how long a runner has to signal a body whose run is being cancelled
@@ -828,7 +828,7 @@ class Supervisor:
 
     @property
     def _logger(self) -> Any:
-        return flow_run_logger(self._run, self._flow)
+        return run_logger(self._run, self._flow)
 
     def _policy_for(
         self, target: Flow[..., Any] | str | UUID, on_parent: OnParent | None

@@ -17,6 +17,7 @@ import attrs
 from prefect.utilities.urls import url_for
 
 from supervised import _clock, _identity, _telemetry
+from supervised._log import get_logger
 from supervised._policy import HARD_CAUSES, Budget, outcome_of, receipt_status
 from supervised._types import Action, CancelReason, Cause, Receipt, TeardownReport
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from supervised._child import Child
     from supervised._watch import Watcher
 
-logger = logging.getLogger("prefect.supervised.teardown")
+logger = get_logger("prefect.supervised.teardown")
 
 # Between two reads. A runner needs 3 s to end a run, and on two cores the reads of one teardown
 # took a sixth of all that the eight processes of a tree had to end with.

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -39,9 +38,10 @@ if TYPE_CHECKING:
 
     from supervised._types import CancelReason, Kind, TeardownReport
 
+from supervised._log import get_logger
 from supervised._types import Outcome
 
-logger = logging.getLogger("prefect.supervised.telemetry")
+logger = get_logger("prefect.supervised.telemetry")
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -6,7 +6,6 @@ is dropped costs latency, and one that is repeated, late or replayed costs a rea
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import anyio
 from prefect.client.schemas.objects import State, StateType
 
 from supervised import _clock, _telemetry
+from supervised._log import get_logger
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     OnRead = Callable[[UUID, FlowRun | None], None]
 
-logger = logging.getLogger("prefect.supervised.watch")
+logger = get_logger("prefect.supervised.watch")
 
 _POLL_SECONDS = 10.0  # while events flow: only a safety net
 _POLL_WITHOUT_EVENTS_SECONDS = 1.5

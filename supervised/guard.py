@@ -28,6 +28,7 @@ from prefect.client.schemas.objects import TERMINAL_STATES
 from supervised import _clock, _telemetry
 from supervised._api import open_orchestrator
 from supervised._lease import LeaseReader
+from supervised._log import get_logger
 from supervised._orphans import Findings, find_for_certain, find_orphans, reap_orphans
 
 if TYPE_CHECKING:
@@ -39,11 +40,32 @@ if TYPE_CHECKING:
 
 __all__ = ["Guard", "guard"]
 
-logger = logging.getLogger("prefect.supervised.guard")
+logger = get_logger("prefect.supervised.guard")
 
 _SETTLE_SECONDS = 5.0  # after an end, for the run's own teardown and its runner's hooks to act
 _RECONNECT_SECONDS = 5.0
 _LEAST_SECONDS = 1.0  # between two looks
+_FIRST_PATIENCE = 60.0
+_MOST_PATIENCE = 900.0
+
+
+@attrs.frozen
+class _Patience:
+    """How long to leave a run alone that could not be ended; its runner may come back.
+
+    Args:
+        seconds: Since the last attempt.
+        until: By the monotonic clock.
+    """
+
+    seconds: float
+    until: float
+
+    @classmethod
+    def after(cls, earlier: _Patience | None) -> _Patience:
+        """Return twice the patience of the attempt before."""
+        seconds = _FIRST_PATIENCE if earlier is None else min(2 * earlier.seconds, _MOST_PATIENCE)
+        return cls(seconds, _clock.monotonic() + seconds)
 
 
 @attrs.define
@@ -63,7 +85,8 @@ class Guard:
     """When the last look at the server succeeded, by the monotonic clock."""
 
     _leases: LeaseReader = attrs.field(factory=LeaseReader, init=False)
-    _unverified: set[UUID | None] = attrs.field(factory=set, init=False)
+    _ending: set[UUID] = attrs.field(factory=set, init=False)  # parents whose orphans are
+    _unverified: dict[UUID, _Patience] = attrs.field(factory=dict, init=False)
     _heard: anyio.Event = attrs.field(factory=anyio.Event, init=False)
 
     @property
@@ -79,7 +102,9 @@ class Guard:
             while True:
                 self._heard = anyio.Event()
                 found = await self._find()
-                await self._reap(found.orphans)
+                # Beside the next looks: one process that cannot be ended must not hold up the
+                # others, nor the reading of leases.
+                tasks.start_soon(self._reap, self._due(found.orphans))
                 seconds = max(_LEAST_SECONDS, min(self.interval_seconds, found.look_again_after))
                 with anyio.move_on_after(seconds):
                     await self._heard.wait()
@@ -114,24 +139,45 @@ class Guard:
         self.looked_at = _clock.monotonic()
         return found
 
+    def _due(self, orphans: list[Orphan]) -> list[Orphan]:
+        """Return the orphans to end now: not those being ended, or that were not to be ended."""
+        live = {orphan.run.id for orphan in orphans}
+        for run_id in self._unverified.keys() - live:
+            del self._unverified[run_id]
+        return [
+            orphan
+            for orphan in orphans
+            if orphan.parent_id not in self._ending and not self._is_left(orphan.run.id)
+        ]
+
+    def _is_left(self, run_id: UUID) -> bool:
+        patience = self._unverified.get(run_id)
+        return patience is not None and _clock.monotonic() < patience.until
+
     async def _reap(self, orphans: list[Orphan]) -> list[TeardownReport]:
         for orphan in orphans:
             level = logging.DEBUG if orphan.run.id in self._unverified else logging.WARNING
             logger.log(level, "Ending run %r (%s): %s", orphan.run.name, orphan.run.id, orphan.why)
+        parents = {orphan.parent_id for orphan in orphans}
+        self._ending |= parents
         try:
             reports = await reap_orphans(self.api, orphans, grace_seconds=self.grace_seconds)
         except Exception:
             logger.exception("Could not end every orphan, trying again")
             return []
+        finally:
+            self._ending -= parents
         for report in reports:
             self._log(report)
         return reports
 
     def _log(self, report: TeardownReport) -> None:
         """Log a report, unless it only repeats what nobody could do anything about before."""
-        failed = {r.flow_run_id for r in report.receipts if r.status == "unverified"}
-        is_known = bool(failed) and failed <= self._unverified
-        self._unverified |= failed
+        failed = {r.flow_run_id for r in report.unverified if r.flow_run_id is not None}
+        is_known = bool(failed) and failed <= self._unverified.keys()
+        for run_id in failed:
+            earlier = self._unverified.get(run_id)
+            self._unverified[run_id] = _Patience.after(earlier)
         level = logging.DEBUG if is_known else logging.INFO if report.ok else logging.ERROR
         logger.log(level, "%s", report)
 

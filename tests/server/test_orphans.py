@@ -84,6 +84,18 @@ def test_children_end_themselves_when_parent_and_runner_are_gone(
     assert_cancelled_below(deployed, root.id)
 
 
+def test_children_whose_own_runner_is_gone_too_end_themselves(
+    deployed: World, second_runner: psutil.Process
+) -> None:
+    """Nobody reads what they log any more, which must not keep them from acting."""
+    root = deployed.start("root-brief/second", children=["mid/second"])
+    deployed.wait_for_start(5)
+    second_runner.kill()
+    kill(deployed, root.id)
+    eventually(lambda: not deployed.alive(), seconds=LEASE + SOON, what="all are gone")
+    assert_cancelled_below(deployed, root.id)
+
+
 # -- the guard ----------------------------------------------------------------------------------
 
 

@@ -56,6 +56,12 @@ async def plain_night():
 
 
 @supervised_flow(lease_seconds=LEASE)
+async def plain_stuck():
+    """Keep a leaf whose runner is about to be lost."""
+    await supervisor.spawn("score/stuck")
+
+
+@supervised_flow(lease_seconds=LEASE)
 async def lets_go():
     """Detach a region on the way."""
     child = supervisor.spawn("region/test")
@@ -151,6 +157,26 @@ def test_with_the_defaults_nothing_outlives_a_lost_host_by_a_minute(idle):
         prefect.runners["root"].kill()
         root.kill()
         prefect.until(lambda: not below(root), within=60)
+
+
+def test_a_run_that_cannot_be_ended_does_not_hold_up_the_others():
+    with world(plain_night) as prefect:
+        prefect.deploy("stuck/test", plain_stuck, runner="root")
+        prefect.deploy("score/stuck", takes=7200, runner="gone")
+        prefect.guard(10)
+        stuck = prefect.start("stuck/test")
+        prefect.until(lambda: below(stuck) and stuck.below[0].state.is_running(), within=60)
+        prefect.runners["gone"].kill()
+        prefect.runners["root"].kill()
+        stuck.kill()
+        prefect.replace_runner("root")
+        prefect.until(lambda: stuck.below[0].state.is_cancelling(), within=LATER)
+        root = prefect.start("root/test")
+        prefect.until(lambda: below(root) and root.below[0].state.is_running(), within=60)
+        prefect.advance(LEASE)
+        prefect.runners["root"].kill()
+        root.kill()
+        prefect.until(lambda: not below(root), within=LATER)
 
 
 def test_a_guard_leaves_a_copy_alone():
