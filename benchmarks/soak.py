@@ -33,7 +33,7 @@ def main() -> int:
     options = parser.parse_args()
     dice = random.Random(options.seed)
     times: list[float] = []
-    with open_stage() as stage, stage.guard("--interval", "5"):
+    with open_stage() as stage, stage.guard():
         runner = stage.serve("second")
         while len(times) < options.kills:
             if not is_alive(runner):
@@ -58,7 +58,7 @@ def kill_some(stage: Stage, runner: psutil.Process, dice: random.Random) -> list
     for _ in range(TREES):
         world = stage.world()
         children = dice.choice([SUPERVISED, PLAIN])
-        worlds.append((world, world.start("root-brief/second", children=children)))
+        worlds.append((world, world.start("root/second", children=children)))
     for world, _ in worlds:
         world.wait_for_start(PROCESSES, seconds=180)
     with_runner = dice.random() < 0.3
