@@ -48,11 +48,19 @@ class LeaseHolder:
         self._dropped = anyio.Event()
 
     async def hold(self) -> None:
-        """Renew until the lease is dropped."""
-        while not self._dropped.is_set():
-            with anyio.move_on_after(renewal_seconds(self._seconds)):
-                await self._dropped.wait()
-                return
+        """Renew until the lease is dropped; a request under way is then given up.
+
+        The control plane closes when its tasks are over, and the run ends after that: a server that
+        answers late would hold it up.
+        """
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._renew_for_ever)
+            await self._dropped.wait()
+            tasks.cancel_scope.cancel()
+
+    async def _renew_for_ever(self) -> None:
+        while True:
+            await anyio.sleep(renewal_seconds(self._seconds))
             await self.renew()
 
     async def renew(self) -> None:
