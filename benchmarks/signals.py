@@ -40,7 +40,7 @@ def measure(stage: Stage) -> float:
     log = world.folder / "alone.log"
     with running(command, env=stage.server.env, log=log, cwd=TESTS / "flows") as process:
         world.wait_for_start(PROCESSES)
-        time.sleep(1)
+        time.sleep(1)  # past the start-up of the last child
         began = time.monotonic()
         process.terminate()
         eventually(lambda: not world.alive(), seconds=BOUND, what="all processes are gone")

@@ -92,7 +92,8 @@ class Bell:
             self._let_go()
             self._writing.close()
             self._reading.close()
-        self.__init__()  # type: ignore[misc]
+        self._listeners = []
+        self._reading = self._writing = self._thread = None
 
 
 bell = Bell()

@@ -38,6 +38,26 @@ _BINDINGS = ("__prefect_self__", "__prefect_cls__")
 _FAILURE_POLICIES = ("cancel_siblings", "wait", "ignore")
 
 
+class _HooksForRunners:
+    """A flow's hooks for one end, as the user gave them, and for runners one more.
+
+    It ends what a run has left behind whose process could not. Everybody else, the engine included,
+    sees what `@flow` would show.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, flow: Flow[..., Any] | None, owner: type) -> Any:
+        if flow is None:
+            return self
+        hooks: list[Any] = vars(flow)[self._name]
+        return [*hooks, end_what_is_left] if _compat.is_called_by_runner() else hooks
+
+    def __set__(self, flow: Flow[..., Any], hooks: list[Any]) -> None:
+        vars(flow)[self._name] = hooks
+
+
 class SupervisedFlow(Flow[P, R], Generic[P, R]):
     """A Prefect flow whose runs end everything that they launched.
 
@@ -67,32 +87,8 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
         self.fn = _wrap(original, self.scope_options)
         vars(self.fn).update(bound)
 
-    # Runners see one hook more than the user has given: it ends what a run has left behind whose
-    # process could not. Everybody else, the engine included, sees what `@flow` would show.
-
-    @property
-    def on_cancellation_hooks(self) -> list[Any]:
-        """The hooks that run when a run is cancelled."""
-        hooks: list[Any] = self.__dict__["on_cancellation_hooks"]
-        return [*hooks, end_what_is_left] if _compat.is_called_by_runner() else hooks
-
-    @on_cancellation_hooks.setter
-    def on_cancellation_hooks(  # pyright: ignore[reportIncompatibleVariableOverride]
-        self, hooks: list[Any]
-    ) -> None:
-        self.__dict__["on_cancellation_hooks"] = hooks
-
-    @property
-    def on_crashed_hooks(self) -> list[Any]:
-        """The hooks that run when a run crashes."""
-        hooks: list[Any] = self.__dict__["on_crashed_hooks"]
-        return [*hooks, end_what_is_left] if _compat.is_called_by_runner() else hooks
-
-    @on_crashed_hooks.setter
-    def on_crashed_hooks(  # pyright: ignore[reportIncompatibleVariableOverride]
-        self, hooks: list[Any]
-    ) -> None:
-        self.__dict__["on_crashed_hooks"] = hooks
+    on_cancellation_hooks: Any = _HooksForRunners()
+    on_crashed_hooks: Any = _HooksForRunners()
 
     def with_options(self, **options: Any) -> SupervisedFlow[P, R]:
         """Return a copy with other options, those of the scope included.

@@ -16,7 +16,7 @@ import attrs
 from supervised import _identity
 from supervised._lease import LeaseReader, renewal_seconds
 from supervised._log import get_logger
-from supervised._policy import cause_of, is_silent
+from supervised._policy import cause_of, is_over, is_silent
 from supervised._reap import reap_below
 from supervised._types import CancelReason
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 logger = get_logger("prefect.supervised.orphans")
 
-_LEAST_SECONDS = 1.0  # between two looks, however short a lease somebody has chosen
+LEAST_SECONDS = 1.0
+"""Between two looks, however short a lease or an interval somebody has chosen."""
 
 
 @attrs.frozen(kw_only=True)
@@ -75,7 +76,7 @@ def judge(
     if cause is None or _identity.on_parent_of(labels).get(cause) != "cancel":
         return None
     # A run that somebody has deleted may still have its process.
-    is_gone = parent is not None and parent.state is not None and parent.state.is_final()
+    is_gone = parent is not None and is_over(parent)
     return Orphan(
         run=run, parent_id=parent_id, parent=parent, cause=cause, why=why, host_is_gone=is_gone
     )
@@ -89,11 +90,11 @@ def _end_of(
 ) -> tuple[Cause | None, str]:
     if parent is None:
         return "crashed", "its parent run no longer exists"
-    if parent.state is not None and parent.state.is_final():
+    if parent.state is not None and is_over(parent):
         return cause_of(parent.state), f"its parent {parent.name!r} ended as {parent.state.name}"
     host_id = _identity.host_of(run.labels)
     host = known.get(host_id, parent) if host_id is not None else parent
-    if host.state is not None and host.state.is_final():
+    if host.state is not None and is_over(host):
         return (
             "crashed",
             f"the process of its parent, run {host.name!r}, ended as {host.state.name}",
@@ -157,7 +158,7 @@ async def find_orphans(api: Orchestrator, leases: LeaseReader) -> Findings:
         for host, term in terms.items()
         if term / 2 <= silence[host] <= term and is_silent(known[host].state, math.inf, term)
     ]
-    soon = max(_LEAST_SECONDS, min(map(renewal_seconds, terms.values()), default=math.inf))
+    soon = max(LEAST_SECONDS, min(map(renewal_seconds, terms.values()), default=math.inf))
     return Findings(orphans, soon, max(pending, default=0.0))
 
 

@@ -24,7 +24,7 @@ from supervised._types import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from prefect.client.schemas.objects import State
+    from prefect.client.schemas.objects import FlowRun, State
 
 _SOURCES: Mapping[Cause, Source] = {
     "completed": "parent_completed",
@@ -93,6 +93,11 @@ def parent_reason(cause: Cause, flow_name: str, detail: str = "") -> CancelReaso
     return CancelReason(
         source=_SOURCES[cause], message=f"{message}: {detail}" if detail else message
     )
+
+
+def is_over(run: FlowRun) -> bool:
+    """Whether a run has ended, as far as this reading of it knows."""
+    return run.state is not None and run.state.is_final()
 
 
 def cause_of(state: State) -> Cause:

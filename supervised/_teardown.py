@@ -18,7 +18,7 @@ from prefect.utilities.urls import url_for
 
 from supervised import _clock, _identity, _telemetry
 from supervised._log import get_logger
-from supervised._policy import HARD_CAUSES, Budget, outcome_of, receipt_status
+from supervised._policy import HARD_CAUSES, Budget, is_over, outcome_of, receipt_status
 from supervised._types import Action, CancelReason, Cause, Receipt, TeardownReport
 
 if TYPE_CHECKING:
@@ -402,15 +402,14 @@ class Teardown:
         depth = 1
         while frontier := {run_id for run_id in frontier if not self._is_left_alone(run_id)}:
             found = await self._api.read_children(frontier)
-            inline = [run for run in found if run.deployment_id is None and not _is_over(run)]
+            inline = [run for run in found if run.deployment_id is None and not is_over(run)]
             parents = await self._api.read_parents(inline) if inline else {}
             for run in found:
-                is_over = _is_over(run)
                 if run.labels.get(_identity.DETACHED):
                     self._spared.add(run.id)
-                elif is_over and run.deployment_id is not None:
+                elif is_over(run) and run.deployment_id is not None:
                     self._gone.add(run.id)
-                if run.id not in seen and not is_over:
+                if run.id not in seen and not is_over(run):
                     self._take_run(run, depth=depth, parent_id=parents.get(run.id))
             frontier = {run.id for run in found} - seen
             seen |= frontier
@@ -720,7 +719,3 @@ class Teardown:
         if not target.runs_remotely:
             return f"{where}; it runs inline in code that this scope did not start"
         return f"{where} {self._elapsed:.0f} s after the request; its runner or process may be dead"
-
-
-def _is_over(run: FlowRun) -> bool:
-    return run.state is not None and run.state.is_final()

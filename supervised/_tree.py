@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from supervised import _identity
+from supervised._policy import is_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,7 @@ class Node:
     @property
     def is_live(self) -> bool:
         """Whether the run is not over."""
-        return self.run.state is None or not self.run.state.is_final()
+        return not is_over(self.run)
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Node]]:
         """Yield this node and all below it with their depth, parents first."""

@@ -34,6 +34,7 @@ from supervised._api import open_orchestrator
 from supervised._errors import NoApiError
 from supervised._lease import LeaseReader
 from supervised._orphans import find_for_certain
+from supervised._policy import is_over
 from supervised._reap import reap_below
 from supervised._tree import Node, key_of, place, read_tree
 from supervised._types import CancelReason
@@ -279,7 +280,7 @@ async def _wait_for_end(api: PrefectOrchestrator, run_id: UUID, seconds: float) 
     with anyio.move_on_after(seconds):
         while True:
             (flow_run,) = await api.read_runs([run_id]) or (None,)
-            if flow_run is None or (flow_run.state is not None and flow_run.state.is_final()):
+            if flow_run is None or is_over(flow_run):
                 return True
             await anyio.sleep(_REFRESH_SECONDS)
     return False

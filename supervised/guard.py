@@ -29,7 +29,13 @@ from supervised import _clock, _telemetry
 from supervised._api import open_orchestrator
 from supervised._lease import LeaseReader
 from supervised._log import get_logger
-from supervised._orphans import Findings, find_for_certain, find_orphans, reap_orphans
+from supervised._orphans import (
+    LEAST_SECONDS,
+    Findings,
+    find_for_certain,
+    find_orphans,
+    reap_orphans,
+)
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -44,7 +50,6 @@ logger = get_logger("prefect.supervised.guard")
 
 _SETTLE_SECONDS = 5.0  # after an end, for the run's own teardown and its runner's hooks to act
 _RECONNECT_SECONDS = 5.0
-_LEAST_SECONDS = 1.0  # between two looks
 _FIRST_PATIENCE = 60.0
 _MOST_PATIENCE = 900.0
 
@@ -105,18 +110,10 @@ class Guard:
                 # Beside the next looks: one process that cannot be ended must not hold up the
                 # others, nor the reading of leases.
                 tasks.start_soon(self._reap, self._due(found.orphans))
-                seconds = max(_LEAST_SECONDS, min(self.interval_seconds, found.look_again_after))
+                seconds = max(LEAST_SECONDS, min(self.interval_seconds, found.look_again_after))
                 with anyio.move_on_after(seconds):
                     await self._heard.wait()
                     await anyio.sleep(min(_SETTLE_SECONDS, seconds))
-
-    async def look(self) -> list[TeardownReport]:
-        """Look once and end what is found; a server that does not answer is asked next time.
-
-        Returns:
-            What became of the orphans.
-        """
-        return await self._reap((await self._find()).orphans)
 
     async def look_for_certain(self) -> list[TeardownReport]:
         """Look until it is certain which of the silent processes live, as if never to look again.

@@ -102,6 +102,7 @@ class Engine:
             try:
                 future.set_result(context.run(self.run_in_thread, flow, run, parameters))
             except BaseException as exc:
+                # Whatever it is, SystemExit too: whoever waits for the thread is to hear of it.
                 future.set_exception(exc)
 
         threading.Thread(target=main, name=f"fake-{run.name}", daemon=True).start()

@@ -63,6 +63,7 @@ class FakePrefect:
     """
 
     has_hooks = True
+    """Whether runners run our hook; without it the other mechanisms have to do."""
 
     def __init__(self, *, seed: int = 0, faults: Faults | None = None) -> None:
         self._is_open = False

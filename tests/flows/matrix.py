@@ -27,10 +27,10 @@ def leaf(folder: str, state: str, depth: int) -> None:
     mark(folder)
     try:
         while True:
-            time.sleep(0.05)
+            time.sleep(0.05)  # in slices, because a signal enters between two of them
     finally:
         if state == "cancelling":
-            time.sleep(LINGER_SECONDS)
+            time.sleep(LINGER_SECONDS)  # so that the end comes while it is being cancelled
 
 
 def spawn(folder: str, state: str, depth: int, **options: object):

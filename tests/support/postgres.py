@@ -90,7 +90,7 @@ def _wait_until_ready(binaries: Path, port: int) -> None:
     while subprocess.run(command, check=False, capture_output=True).returncode != 0:
         if time.monotonic() > deadline:
             raise RuntimeError("PostgreSQL did not start")
-        time.sleep(0.1)
+        time.sleep(0.1)  # it tells nobody when it is ready
 
 
 def _free_port() -> int:
