@@ -9,6 +9,7 @@ cannot be done becomes a line of it.
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -363,7 +364,8 @@ class Teardown:
         # Before the others: what a detached run has launched still carries the old path.
         # The run itself may be detached, from what is above it; that spares nothing below.
         detached = {run.id for run in tagged if run.labels.get(_identity.DETACHED)}
-        self._spared |= detached - {own}
+        for run_id in detached - {own}:
+            self._spare(run_id)
         # Parents before their children: what is to become of a run decides on all below it.
         for run in sorted(tagged, key=lambda run: len(_identity.path_of(run.labels))):
             if run.id == own or not _identity.is_below(run.labels, own):
@@ -374,6 +376,17 @@ class Teardown:
             between = path[path.index(own) + 1 :]
             if not any(self._is_left_alone(run_id) for run_id in between):
                 self._take_run(run, depth=len(between) + 1)
+
+    def _spare(self, run_id: UUID) -> None:
+        """Leave a run that was detached alone, with all below it, unless it has been asked."""
+        target = self._target_of(run_id)
+        if target is not None and target.requested is not None:
+            return
+        self._spared.add(run_id)
+        for key, other in list(self._targets.items()):
+            is_below = other is target or run_id in other.above
+            if is_below and other.child is None and other.requested is None:
+                del self._targets[key]
 
     def _is_left_alone(self, run_id: UUID) -> bool:
         """Whether a run goes on, for good or for now, so that what is below it is its own."""
@@ -406,7 +419,7 @@ class Teardown:
             parents = await self._api.read_parents(inline) if inline else {}
             for run in found:
                 if run.labels.get(_identity.DETACHED):
-                    self._spared.add(run.id)
+                    self._spare(run.id)
                 elif is_over(run) and run.deployment_id is not None:
                     self._gone.add(run.id)
                 if run.id not in seen and not is_over(run):
@@ -425,10 +438,9 @@ class Teardown:
         """
         if run.id in self._in_body():
             return
-        if run.labels.get(_identity.DETACHED) or run.id in self._spared:
-            self._spared.add(run.id)
-            return
-        if self._target_of(run.id) is not None:
+        if run.labels.get(_identity.DETACHED):
+            self._spare(run.id)
+        if run.id in self._spared or self._target_of(run.id) is not None:
             return
         for child in self._children():
             if child.flow_run_id == run.id or self._is_about_to_be(child, run):
@@ -491,6 +503,7 @@ class Teardown:
             for target in targets:  # all of them are asked again in the next round
                 target.requested = None
                 target.error = f"the request failed: {exc!r}"
+            self._read_at = -math.inf  # but read before: somebody may have detached one since
             return
         if self._span is not None:
             self._span.step("requested", len(acks))
@@ -520,6 +533,8 @@ class Teardown:
         self._read_cost = _clock.monotonic() - began
         for run in runs:
             self._watcher.apply(run)
+            if run.labels.get(_identity.DETACHED):
+                self._spare(run.id)
             for target in self._targets.values():
                 if target.run_id == run.id and run.state is not None:
                     target.run = run

@@ -70,6 +70,23 @@ async def lets_go():
     await asyncio.sleep(3600)
 
 
+@supervised_flow(lease_seconds=LEASE)
+async def lets_go_late():
+    """Detach a leaf when all is being torn down."""
+    child = supervisor.spawn("score/gpu", on_parent={"cancelled": "wait"})
+    try:
+        await child
+    except asyncio.CancelledError:
+        child.detach()
+        raise
+
+
+@supervised_flow(lease_seconds=LEASE)
+async def keeps_who_lets_go():
+    """Keep such a flow."""
+    await supervisor.spawn("mid/test")
+
+
 def world(root=nightly, **options):
     """A fake Prefect; the root has a runner of its own."""
     prefect = FakePrefect(**options)
@@ -125,6 +142,18 @@ def test_a_parent_that_lives_keeps_its_child_whoever_looks():
         started(prefect, 4)
         prefect.advance(10 * LEASE)
         assert len(prefect.alive) == 4
+
+
+def test_a_leaf_that_is_let_go_while_it_is_waited_for_goes_on():
+    with world(keeps_who_lets_go) as prefect:
+        prefect.deploy("mid/test", lets_go_late)
+        root = started(prefect, 3)
+        leaf = root.below[-1]
+        root.cancel()
+        prefect.advance(SOON)
+        assert leaf.flow_run.labels[_identity.DETACHED]
+        prefect.advance(LATER)
+        assert [run.id for run in prefect.alive] == [leaf.id]
 
 
 def test_a_guard_ends_what_nobody_else_can():

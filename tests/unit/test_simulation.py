@@ -32,6 +32,7 @@ SETTLE = 700.0  # more than the server's own 300 s, the lease, two looks of the 
 STEPS = 10_000
 
 orders: dict = {}
+ending: set = set()  # runs whose body is over
 
 
 def launch(plan):
@@ -48,6 +49,14 @@ def launch(plan):
 
 async def body(plan):
     """Spawn, then do as one is told."""
+    try:
+        await act(plan)
+    finally:
+        ending.add(supervisor.flow_run_id)
+
+
+async def act(plan):
+    """Spawn what the plan says, then follow orders."""
     children = [launch(child) for child in plan]
     for _ in range(100_000):
         order = orders.pop(str(supervisor.flow_run_id), None)
@@ -131,6 +140,7 @@ class Trees(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**16), plan=CHILDREN, flow=FLOWS, has_runner=st.booleans())
     def begin(self, seed, plan, flow, has_runner):
         orders.clear()
+        ending.clear()
         self.prefect = FakePrefect(seed=seed)
         self.prefect.__enter__()
         self.serve("a")
@@ -248,8 +258,19 @@ class Trees(RuleBasedStateMachine):
             if run.id in self.spared:
                 assert not run.state.is_cancelling()
                 assert not run.state.is_cancelled()
-            elif self.is_untouchable(run) and run.state.is_running() and run.id not in self.asked:
+            elif self.is_untouchable(run) and run.state.is_running() and not self.is_doomed(run):
                 self.spared.add(run.id)
+
+    def is_doomed(self, run):
+        """Whether its end, or that of a run above it, has begun: letting go may come too late."""
+        above = [self.prefect.run(one) for one in _identity.path_of(run.flow_run.labels)]
+        return run.id in self.asked or any(
+            one.id in ending | self.asked
+            or one.state.is_cancelling()
+            or one.state.is_final()
+            or not one.host.has_process
+            for one in above
+        )
 
     @invariant()
     def a_child_has_one_receipt(self):
