@@ -19,6 +19,7 @@ os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 
 import pytest
+from hypothesis import settings
 from prefect.client.orchestration import get_client
 from prefect.settings import (
     PREFECT_API_URL,
@@ -29,6 +30,12 @@ from prefect.settings import (
 from support.world import FLOWS, World, eventually
 
 from supervised.testing import LocalServer, local_server, running
+
+# The same examples every time, so that a failure is of the change at hand; `explore` draws others.
+# No deadline: shared machines stall for longer than Hypothesis' 200 ms.
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("fixed")
 
 _RUNNER_ENV = {
     "PREFECT_RUNNER_POLL_FREQUENCY": "2",

@@ -1,4 +1,4 @@
-"""What the unit tests share: a Hypothesis profile and children without a supervisor."""
+"""What the unit tests share: children without a supervisor."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 from supervised._child import Child
 from supervised._types import DEFAULT_ON_PARENT
-
-# Shared machines stall for longer than Hypothesis' 200 ms.
-settings.register_profile("unit", deadline=None)
-settings.load_profile("unit")
 
 
 def _make_child(**overrides):

@@ -1,6 +1,7 @@
 """Random trees, ends and faults on a simulated Prefect: what must hold whatever happens.
 
-A failure prints its steps; with the same steps and the same seed it happens again.
+A failure prints its steps; with the same steps and the same seed it happens again. The stories
+are the same every time, unless pytest is given `--hypothesis-profile=explore`.
 """
 
 from __future__ import annotations
@@ -312,12 +313,14 @@ class Trees(RuleBasedStateMachine):
     def cannot_be_reached(self, run):
         """Whether nobody can tell that its process is gone: it was asked, and reported."""
         host = run.host
+        if host.id != run.id:
+            return not host.state.is_final()  # a runner that was not heard says so only once
         runner = self.prefect.runner_of(host.id)
         is_lost = runner is None or not runner.is_alive
         was_asked = (
             run.state.is_cancelling() or run.state.is_cancelled()
         )  # after the server's 300 s
-        return is_lost and (was_asked or host.id != run.id)
+        return is_lost and was_asked
 
     def told(self, run):
         parent = self.prefect.run(self.prefect.server.parent_of(run.flow_run))
