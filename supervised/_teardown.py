@@ -43,7 +43,7 @@ _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
 _LOOK_SECONDS = 0.05
 _INLINE_SECONDS = 1.0
-_HEARING_SECONDS = 4.0  # a runner looks after 3
+_HEARING_SECONDS = 3.0
 _HEARING_LOOK_SECONDS = 0.2
 _REQUEST_SECONDS = 8.0
 _FOREIGN_SECONDS = 2.0
@@ -572,7 +572,8 @@ class Teardown:
 
         A process that ends takes CPU from those of its children, and a runner that finds one of
         these alive after 3 s looks again only 3 s later: of nine processes on two cores, one in
-        twenty missed the first look.
+        twenty missed the first look. By then either they are gone or waiting does not help: with
+        4 s, one tree in seven was gone after 6 to 7 s.
         """
         with anyio.move_on_after(_HEARING_SECONDS):
             while self._watcher.hears and self._pending():

@@ -20,7 +20,7 @@ import anyio
 import attrs
 import httpx
 import uvicorn
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, validators
 from fastapi import FastAPI, Response
 from prefect.exceptions import PrefectHTTPStatusError
 from rich.console import Console
@@ -73,6 +73,10 @@ errors = Console(stderr=True)
 
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 """Print JSON instead of a table."""
+
+Seconds = Annotated[float, Parameter(validator=validators.Number(gte=0))]
+Interval = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65535))]
 
 
 def main() -> None:
@@ -234,7 +238,7 @@ def cancel(
     *,
     subtree: bool = False,
     dry_run: bool = False,
-    grace_seconds: float = 20.0,
+    grace_seconds: Seconds = 20.0,
     as_json: AsJson = False,
 ) -> int:
     """Cancel a run with everything below it, all levels at once, and verify that it ends.
@@ -307,7 +311,7 @@ def orphans(*, as_json: AsJson = False) -> int:
 
 
 @app.command
-def reap(*, dry_run: bool = False, grace_seconds: float = 20.0, as_json: AsJson = False) -> int:
+def reap(*, dry_run: bool = False, grace_seconds: Seconds = 20.0, as_json: AsJson = False) -> int:
     """End all orphans with everything below them.
 
     Args:
@@ -334,9 +338,9 @@ def reap(*, dry_run: bool = False, grace_seconds: float = 20.0, as_json: AsJson 
 def guard(
     *,
     once: bool = False,
-    interval: float = 30.0,
-    grace_seconds: float = 20.0,
-    health_port: int = 0,
+    interval: Interval = 30.0,
+    grace_seconds: Seconds = 20.0,
+    health_port: Port = 0,
     health_host: str = "127.0.0.1",
 ) -> int:
     """Watch for orphans and end them, until told to stop.
@@ -358,9 +362,9 @@ def guard(
             return DONE
         try:
             listening = socket.create_server((health_host, health_port))
-        except (OSError, OverflowError) as exc:
+        except OSError as exc:
             return _complain(f"Cannot answer on {health_host}:{health_port}: {exc}", WRONG)
-        with listening, _answering(service, listening):
+        with listening, answering_health(service, listening):
             await _guard_until_told(service)
         return DONE
 
@@ -377,7 +381,7 @@ async def _guard_until_told(service: Guard) -> None:
 
 
 @contextlib.contextmanager
-def _answering(service: Guard, listening: socket.socket) -> Iterator[None]:
+def answering_health(service: Guard, listening: socket.socket) -> Iterator[None]:
     """Answer on one route, with what an orchestrator of containers asks of a service."""
     api = FastAPI()
 

@@ -165,6 +165,21 @@ def test_a_guard_ends_what_nobody_else_can():
         prefect.until(lambda: not below(root), within=LATER)
 
 
+def test_several_guards_do_what_one_does(caplog):
+    with world(plain_night) as prefect:
+        for interval in (5, 7, 10):
+            prefect.guard(interval)
+        root = started(prefect, 2)
+        copy = prefect.copy(root.below[0])
+        prefect.runners["root"].kill()
+        root.kill()
+        prefect.until(lambda: not below(root), within=LATER)
+        prefect.advance(LATER)
+        assert root.below[0].state.is_cancelled()
+        assert copy.state.is_running()
+    assert [r.getMessage() for r in caplog.records if r.levelname == "ERROR"] == []
+
+
 @pytest.mark.parametrize("idle", [0, 7, 20, 29])
 def test_with_the_defaults_nothing_outlives_a_lost_host_by_a_minute(idle):
     @supervised_flow
