@@ -665,7 +665,11 @@ class Teardown:
     # -- report -----------------------------------------------------------------------------
 
     def _report(self) -> TeardownReport:
-        receipts = [self._receipt(t) for t in self._targets.values()]
+        receipts = [
+            self._receipt(target)
+            for target in self._targets.values()
+            if target.child is None or target.child.outcome != "detached"
+        ]
         receipts += [
             Receipt(
                 name=child.name,

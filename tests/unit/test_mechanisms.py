@@ -154,6 +154,8 @@ def test_a_leaf_that_is_let_go_while_it_is_waited_for_goes_on():
         assert leaf.flow_run.labels[_identity.DETACHED]
         prefect.advance(LATER)
         assert [run.id for run in prefect.alive] == [leaf.id]
+        mid = root.below[0]
+        assert [(r.flow_run_id, r.status) for r in mid.report.receipts] == [(leaf.id, "detached")]
 
 
 def test_a_guard_ends_what_nobody_else_can():
