@@ -305,6 +305,8 @@ class _Exit:
             self.cause = ending[0] if ending else "completed"
             if ending is None:
                 return None
+        elif ending is not None and _answers_interrupt(self):
+            self.cause = ending[0]  # what it answers is why it ends
         else:
             self.cause = classify(self.supervisor, self.exc, ended_body=self.ended_body)
             if self.cause is None:

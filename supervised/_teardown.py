@@ -197,7 +197,7 @@ class Teardown:
             cause: How the run ends after all; its process may be killed soon.
             reason: The same in words.
         """
-        if self._cause in HARD_CAUSES:
+        if self._cause in {cause, *HARD_CAUSES}:
             return
         self._cause, self._reason = cause, reason
         self._started = _clock.monotonic()

@@ -375,6 +375,25 @@ def test_a_detached_run_takes_its_own_tree_along():
 # -- what a teardown leaves alone, and what it must not ------------------------------------------
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_child_whose_policy_is_to_be_waited_for_outlives_the_failure_of_a_sibling(waits):
+    """The scope interrupts the body for that failure, and the body's end is no crash."""
+
+    @supervised_flow
+    async def patient():
+        kept = supervisor.spawn("score/gpu", on_parent={"failed": "wait"})
+        supervisor.spawn("bad/test")
+        await (kept if waits else asyncio.sleep(600))
+
+    with FakePrefect() as prefect:
+        prefect.deploy("score/gpu", takes=100)
+        prefect.deploy("bad/test", takes=5, fails=True)
+        root = prefect.start(patient)
+        prefect.until(lambda: not prefect.alive, within=200)
+        assert sorted(run.state.name for run in root.below) == ["Completed", "Failed"]
+        assert root.report.cause == "failed"
+
+
 @pytest.mark.parametrize(
     ("policy", "how"),
     [({"failed": "wait"}, "raise"), ({"crashed": "detach"}, "kill"), ({"crashed": "wait"}, "kill")],
