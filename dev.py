@@ -41,15 +41,21 @@ def main(arguments: list[str]) -> int:
         return run([str(PYTHON), "examples/demo/demo.py", *rest])
     if command == "test":
         prepare("test")
-        return run([str(PYTHON), "-m", "pytest", *pytest_options(rest)])
+        return run_tests(pytest_options(rest))
     if command == "matrix":
         prepare("test")
-        return run([str(PYTHON), "-m", "pytest", "-m", "matrix", "-v", *rest])
+        return run_tests(["-m", "matrix", "-v", *rest])
     if command == "check":
         prepare("lint")
         return check()
     say(__doc__ or "")
     return 0 if command in {"-h", "--help"} else 2
+
+
+def run_tests(options: list[str]) -> int:
+    """Run pytest in a temporary folder that is removed afterwards: it would keep its own."""
+    with tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True) as folder:
+        return run([str(PYTHON), "-m", "pytest", "--basetemp", f"{folder}/pytest", *options])
 
 
 def pytest_options(rest: list[str]) -> list[str]:

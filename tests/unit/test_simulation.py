@@ -34,9 +34,19 @@ STEPS = 10_000
 
 orders: dict = {}
 ending: set = set()  # runs whose body is over
+late: list = []  # children that were admitted when their scope was ending
 
 
 def launch(plan):
+    """Spawn what a plan says, and take note if that must not be."""
+    is_banned = supervisor.is_ending
+    child = spawn(plan)
+    if is_banned:
+        late.append(child)
+    return child
+
+
+def spawn(plan):
     """Spawn what a plan says."""
     options = {"on_parent": plan["on_parent"], "key": plan["key"]}
     if plan["kind"] == "inline":
@@ -142,6 +152,7 @@ class Trees(RuleBasedStateMachine):
     def begin(self, seed, plan, flow, has_runner):
         orders.clear()
         ending.clear()
+        late.clear()
         self.prefect = FakePrefect(seed=seed)
         self.prefect.__enter__()
         self.serve("a")
@@ -250,6 +261,10 @@ class Trees(RuleBasedStateMachine):
             and not run.state.is_final()
         )
         assert [key for key, count in live.items() if count > 1] == []
+
+    @invariant()
+    def nothing_is_spawned_after_the_ban(self):
+        assert late == []
 
     @invariant()
     def what_is_not_ours_is_left_alone(self):
