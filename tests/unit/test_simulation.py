@@ -305,6 +305,7 @@ class Trees(RuleBasedStateMachine):
             self.prefect.server.up_from = 0.0
             self.prefect.advance(SETTLE)
             assert [self.told(run) for run in self.prefect.runs if self.is_orphan(run)] == []
+            assert late == []
         finally:
             self.prefect.__exit__(None, None, None)
 
