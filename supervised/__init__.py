@@ -5,15 +5,21 @@ General layout, every module importing only from those below it:
 - `_flow`: `@supervised_flow`, `SupervisedFlow`.
 - `_scope`: what a flow's function is wrapped in: entering, leaving, what to raise.
 - `_supervisor`: `Supervisor`; spawns, hears of the run's end, begins the teardown.
+- `_lifecycle`: one child's life, from its launch to what it leaves behind.
 - `_orphans`, `_reap`, `_tree`: the same from outside: finding, ending and showing what is left.
 - `_teardown`, `_launch`, `_watch`: the three things the control plane does for children.
+- `_targets`: what a teardown has to end.
 - `_own_run`, `_link`, `_lease`: and for the run itself: its cancellation, its parent, its life.
-- `_inline`, `_body`: code that runs here: a child's, and the flow's own.
-- `_registry`, `_child`: the children of one scope, and the handle of one child.
+- `_process`, `_inline`, `_body`: code that runs here: a child's, and the flow's own.
+- `_restart`, `_slots`, `_finalizers`: who begins again, how many run at once, what else must end.
+- `_join`, `_registry`, `_child`: children waited for, the children of one scope, one child.
 - `_host`: the process that all of this runs in.
-- `_api`, `_telemetry`, `_control`: Prefect's client, OpenTelemetry, the thread.
+- `_api`, `_bulk`, `_batch`: Prefect's client, and how it asks for many things at once.
+- `_pace`, `_budget`: how many requests there are at a time, and in a minute.
+- `_telemetry`, `_control`: OpenTelemetry, the thread.
 - `_proxy`, `_context`, `_hooks`, `_compat`: what is current; user hooks; Prefect's private parts.
 - `_bell`, `_clock`, `_log`: what signals come, what time it is, and how to tell of it.
+- `_stall`: why nothing moves.
 - `_policy`, `_identity`, `_errors`, `_types`: decisions, names and values, all pure.
 """
 
@@ -34,18 +40,24 @@ from supervised._errors import (
     NoApiError,
     NoSupervisorError,
     ParametersError,
+    RunNotFoundError,
     ScopeClosedError,
+    ScopeTimeoutError,
     ServerUnreachableError,
     SpawnError,
     SupervisedError,
     TeardownError,
 )
+from supervised._finalizers import Finalizer
 from supervised._flow import SupervisedFlow, supervised_flow
+from supervised._join import AsCompleted, Children, Join
 from supervised._proxy import supervisor
+from supervised._restart import Restart
 from supervised._supervisor import Supervisor
 from supervised._types import CancelReason, Receipt, TeardownReport
 
 __all__ = [
+    "AsCompleted",
     "CancelReason",
     "Child",
     "ChildCancelled",
@@ -53,15 +65,21 @@ __all__ = [
     "ChildError",
     "ChildFailed",
     "ChildTimedOut",
+    "Children",
     "DeploymentNotFoundError",
     "DeploymentPausedError",
     "DuplicateKeyError",
+    "Finalizer",
     "InvalidTargetError",
+    "Join",
     "NoApiError",
     "NoSupervisorError",
     "ParametersError",
     "Receipt",
+    "Restart",
+    "RunNotFoundError",
     "ScopeClosedError",
+    "ScopeTimeoutError",
     "ServerUnreachableError",
     "SpawnError",
     "SupervisedError",

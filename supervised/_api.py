@@ -1,4 +1,4 @@
-"""The seam to Prefect: the only module that uses its client.
+"""The seam to Prefect: the only module, with `_bulk`, that uses its client.
 
 `Orchestrator` says what supervision needs; `PrefectOrchestrator` does it over HTTP and the event
 stream. Every call may be repeated: creations carry keys under which the server makes one thing.
@@ -31,16 +31,22 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Pending, Scheduled, to_state_create
+from prefect.states import Cancelled, Crashed, Pending, Scheduled, to_state_create
 from prefect.tasks import Task
 from prefect.utilities.slugify import slugify
 
+from supervised._batch import Batches
+from supervised._budget import RequestBudget
+from supervised._bulk import LIMIT as BULK_CREATION_LIMIT
+from supervised._bulk import BulkCreation
 from supervised._clock import monotonic, utc_now
 from supervised._errors import (
     DeploymentNotFoundError,
     NoApiError,
     ParametersError,
 )
+from supervised._pace import CHUNK, Pace
+from supervised._stall import Limit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -60,7 +66,6 @@ LIVE_STATES = [
     StateType.CANCELLING,
 ]
 _PAGE = 200  # the server's maximum for reads
-_BULK = 50  # the server's maximum for bulk_set_state
 _LABEL_ATTEMPTS = 5
 _DEPLOYMENT_SECONDS = 10.0  # after which somebody may have paused it, or served another version
 
@@ -131,6 +136,9 @@ class RunEvent:
 class Orchestrator(Protocol):
     """What supervision needs of Prefect."""
 
+    budget: RequestBudget
+    pace: Pace
+
     async def read_deployment(self, target: str | UUID) -> Deployment: ...
 
     async def create_deployment_run(
@@ -149,13 +157,21 @@ class Orchestrator(Protocol):
 
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]: ...
 
-    async def close_run(self, run_id: UUID, message: str) -> State | None: ...
+    async def close_run(
+        self, run_id: UUID, message: str, *, crashed: bool = False
+    ) -> State | None: ...
 
     async def nudge(self, run_id: UUID) -> None: ...
 
     async def server_time(self) -> datetime | None: ...
 
+    async def read_limits(self, run: FlowRun) -> list[Limit]: ...
+
     async def label(self, run_id: UUID, labels: Mapping[str, Any]) -> None: ...
+
+    async def label_for_good(self, run_id: UUID, labels: Mapping[str, Any]) -> None: ...
+
+    async def tag(self, run_id: UUID, tags: Sequence[str]) -> None: ...
 
     async def cut_loose(self, run: FlowRun, labels: Mapping[str, Any]) -> None: ...
 
@@ -173,22 +189,30 @@ async def open_orchestrator() -> AsyncIterator[PrefectOrchestrator]:
     Raises:
         NoApiError: If no API is configured and an ephemeral one may not be started.
     """
+    budget = RequestBudget()
+    hooks = {"request": [budget.before], "response": [budget.after]}
     try:
-        client = get_client()
+        client = get_client(httpx_settings={"event_hooks": hooks})
     except ValueError as exc:
         raise NoApiError(
             "No Prefect API is configured. Set PREFECT_API_URL, for example: "
             "prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api"
         ) from exc
     async with client:
-        yield PrefectOrchestrator(client)
+        api = PrefectOrchestrator(client, budget)
+        try:
+            yield api
+        finally:
+            await api.close()
 
 
 class PrefectOrchestrator:
     """The real Prefect, over one client that belongs to the control plane."""
 
-    def __init__(self, client: PrefectClient) -> None:
+    def __init__(self, client: PrefectClient, budget: RequestBudget) -> None:
         self._client = client
+        self.budget = budget
+        self.pace = Pace()
         self._deployments: dict[str | UUID, tuple[float, Deployment]] = {}
         self._flow_ids: dict[str, UUID] = {}
         self._lookup = anyio.Lock()
@@ -196,6 +220,12 @@ class PrefectOrchestrator:
         # Concurrent writers collide on SQLite and wait for each other's locks: four launches
         # took 2 to 6 s side by side, and 0.4 s one after another.
         self._one_write = anyio.CapacityLimiter(1)
+        self._bulk_creation = BulkCreation(client, self._one_write, self.read_runs, _tracking_task)
+        self._creations = Batches(self._create_runs, limit=BULK_CREATION_LIMIT)
+
+    async def close(self) -> None:
+        """Create nothing more; the client belongs to who opened it."""
+        await self._creations.close()
 
     async def read_deployment(self, target: str | UUID) -> Deployment:
         """Return a deployment by id or by *flow/deployment* name, looked up every few seconds.
@@ -238,10 +268,29 @@ class PrefectOrchestrator:
     async def create_deployment_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
         """Create a deployment's run, or return the one that the same key made before.
 
+        Those that are asked for in the same instant are created together.
+
         Raises:
             ParametersError: If the deployment's schema refuses the parameters.
         """
-        task = Task[..., Any](name=deployment.name, fn=_nothing, version=deployment.version)
+        return await self._creations.submit(deployment.id, (deployment, request))
+
+    async def _create_runs(
+        self, items: Sequence[tuple[Deployment, RunRequest]]
+    ) -> list[FlowRun | Exception]:
+        """Create runs of one deployment: in bulk, and by itself what cannot be created so."""
+        found = await self._bulk_creation.create(items[0][0], [request for _, request in items])
+        results: list[FlowRun | Exception] = []
+        for deployment, request in items:
+            run = found.get(request.idempotency_key)
+            if run is None:
+                results.append(await _outcome(self._create_run(deployment, request)))
+            else:
+                results.append(run)
+        return results
+
+    async def _create_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
+        task = _tracking_task(deployment)
         parent = await self._track(task, request) if request.is_linked else None
         return await self._write(
             lambda: self._client.create_flow_run_from_deployment(
@@ -265,9 +314,7 @@ class PrefectOrchestrator:
         another child's result, because it matches by position (flow_engine.py,
         `load_subflow_run`); under a run of ours it does neither.
         """
-        parent = await self._track(
-            Task[..., Any](name=flow.name, fn=_nothing, version=flow.version), request
-        )
+        parent = await self._track(_tracking_task(flow), request)
         if flow.name not in self._flow_ids:
             self._flow_ids[flow.name] = await self._write(
                 lambda: self._client.create_flow_from_name(flow.name)
@@ -293,7 +340,6 @@ class PrefectOrchestrator:
 
     async def _track(self, task: Task[..., Any], request: RunRequest) -> UUID:
         """Create the task run that links a child to its parent, as `run_deployment` does."""
-        task.task_key = f"supervised.spawn.{slugify(task.name)}"
         tracking = await self._write(
             lambda: self._client.create_task_run(
                 task=task,
@@ -373,7 +419,7 @@ class PrefectOrchestrator:
         run that has not started straight into `Cancelled`, and leaves a terminal one alone.
         """
         acks: list[Ack] = []
-        for chunk in _chunks(run_ids, _BULK):
+        for chunk in _chunks(run_ids, CHUNK):
             acks += await self._cancel_chunk(chunk, message)
         return acks
 
@@ -382,7 +428,7 @@ class PrefectOrchestrator:
         body = {
             "flow_runs": {"id": {"any_": [str(run_id) for run_id in run_ids]}},
             "state": state.model_dump(mode="json", exclude_unset=True),
-            "limit": _BULK,
+            "limit": CHUNK,
         }
         if self._bulk:
             try:
@@ -407,9 +453,9 @@ class PrefectOrchestrator:
         (run,) = await self.read_runs([run_id]) or (None,)
         return Ack(run_id, run.state if run else None, "aborted")
 
-    async def close_run(self, run_id: UUID, message: str) -> State | None:
-        """Write `Cancelled` over a run that is known to have no process."""
-        state: State = State(type=StateType.CANCELLED, name="Cancelled", message=message)
+    async def close_run(self, run_id: UUID, message: str, *, crashed: bool = False) -> State | None:
+        """Write `Cancelled`, or `Crashed`, over a run that is known to have no process."""
+        state: State = (Crashed if crashed else Cancelled)(message=message)
         return (await self._client.set_flow_run_state(run_id, state)).state
 
     async def nudge(self, run_id: UUID) -> None:
@@ -433,9 +479,31 @@ class PrefectOrchestrator:
         said = response.headers.get("date")
         return parsedate_to_datetime(said) if said else None
 
+    async def read_limits(self, run: FlowRun) -> list[Limit]:
+        """Return what limits how many runs like this one may be at work at once."""
+        limits: list[Limit] = []
+        if run.deployment_id is not None:
+            deployment = await self._client.read_deployment(run.deployment_id)
+            found = deployment.global_concurrency_limit
+            if found is not None:
+                limits.append(Limit("deployment", deployment.name, found.limit))
+        if run.work_pool_name is not None:
+            pool = await self._client.read_work_pool(run.work_pool_name)
+            if pool.concurrency_limit is not None:
+                limits.append(Limit("work pool", pool.name, pool.concurrency_limit))
+        if run.work_queue_id is not None:
+            queue = await self._client.read_work_queue(run.work_queue_id)
+            if queue.concurrency_limit is not None:
+                limits.append(Limit("work queue", queue.name, queue.concurrency_limit))
+        return limits
+
     async def label(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
         """Add labels to a run."""
         await self._client.update_flow_run_labels(run_id, dict(labels))
+
+    async def tag(self, run_id: UUID, tags: Sequence[str]) -> None:
+        """Replace the tags of a run."""
+        await self._client.update_flow_run(run_id, tags=tags)
 
     async def cut_loose(self, run: FlowRun, labels: Mapping[str, Any]) -> None:
         """Label a run, and cut its link to its parent.
@@ -443,12 +511,12 @@ class PrefectOrchestrator:
         The server's own cascade cancels whatever is linked to a run that is `Cancelled`. The
         link is the tracking task run; deleting it leaves the child without a parent.
         """
-        await self._label_for_good(run.id, labels)
+        await self.label_for_good(run.id, labels)
         if run.parent_task_run_id is not None:
             with suppress(ObjectNotFound):
                 await self._client.delete_task_run(run.parent_task_run_id)
 
-    async def _label_for_good(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
+    async def label_for_good(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
         """Add labels and see that they are there.
 
         The server merges labels by reading and writing them, so of two requests at a time one
@@ -507,6 +575,20 @@ async def _run_events(events: AsyncIterator[Event]) -> AsyncIterator[RunEvent]:
 
 def _nothing() -> None:
     """Stand in for the function of a tracking task, which never runs."""
+
+
+def _tracking_task(target: Deployment | Flow[..., Any]) -> Task[..., Any]:
+    """Return the task whose runs link children to their parent."""
+    task = Task[..., Any](name=target.name, fn=_nothing, version=target.version)
+    task.task_key = f"supervised.spawn.{slugify(target.name)}"
+    return task
+
+
+async def _outcome(work: Awaitable[T]) -> T | Exception:
+    try:
+        return await work
+    except Exception as exc:
+        return exc
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterable[list[T]]:

@@ -11,12 +11,14 @@ import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
+import attrs
 from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult
 from prefect.futures import PrefectFuture
 from prefect.states import Pending
 from prefect.utilities.urls import url_for
 
-from supervised import _clock, _compat
+from supervised import _clock
+from supervised import _compat as compat
 from supervised._control import CONTROL_THREAD, wait_in_slices
 from supervised._errors import (
     ChildCancelled,
@@ -54,6 +56,38 @@ _ERRORS: dict[Outcome, type[ChildError]] = {
 _NO_RESULT: Any = object()
 
 
+@attrs.frozen
+class End:
+    """How an attempt at a child ended.
+
+    Args:
+        outcome: How.
+        state: Its last Prefect state, if it got one.
+        exception: What it raised, if that is known.
+    """
+
+    outcome: Outcome
+    state: State[Any] | None
+    exception: BaseException | None
+
+
+@attrs.define(eq=False)
+class Attempt:
+    """One attempt at a child, so that what it has set going never acts on the next one.
+
+    Args:
+        is_queued: Whether it waits for its turn: the server knows nothing of it.
+        was_requested: Whether a run was requested of the server: it may exist without our knowing.
+        interrupt: Asks the code to stop, if that runs in this process or in one of ours.
+        is_over: Whether it has ended.
+    """
+
+    is_queued: bool = False
+    was_requested: bool = False
+    interrupt: Callable[..., None] | None = None
+    is_over: bool = False
+
+
 class Child(PrefectFuture[R], Generic[R]):
     """A run that a supervisor launched and will not outlive.
 
@@ -77,6 +111,7 @@ class Child(PrefectFuture[R], Generic[R]):
         on_parent: Mapping[Cause, Action],
         on_done: Callable[[Child[Any]], None],
         on_settled: Callable[[Child[Any]], None] = lambda _: None,
+        on_attempt_over: Callable[[Child[Any], End], bool] = lambda *_: False,
         ask_cancel: Callable[[Child[Any], CancelReason], None],
         ask_detach: Callable[[Child[Any]], None],
         timeout_seconds: float | None = None,
@@ -88,6 +123,8 @@ class Child(PrefectFuture[R], Generic[R]):
         self.key = key
         self.target = target
         self.generation = 0
+        self.restarts = 0
+        self.used_up_restarts = False
         self.on_parent = on_parent
         self.timeout_seconds = timeout_seconds
         self.run_name = run_name
@@ -96,6 +133,7 @@ class Child(PrefectFuture[R], Generic[R]):
         self._callbacks: list[tuple[Callable[[Child[R]], None], contextvars.Context]] = []
         self._on_done = on_done
         self._on_settled = on_settled
+        self._on_attempt_over = on_attempt_over
         self._ask_cancel = ask_cancel
         self._ask_detach = ask_detach
         self._flow_run: FlowRun | None = None
@@ -107,17 +145,16 @@ class Child(PrefectFuture[R], Generic[R]):
         self._exception: BaseException | None = None
         self._waiters = 0
         self.delivered = False
+        self.is_raced = False  # somebody else tells of its failure: the race that it is in
         self.cancel_reason: CancelReason | None = None
         self.requested_at: datetime | None = None
         self.acknowledged_at: datetime | None = None
         self.ended_at: datetime | None = None
         self.span: _telemetry.ChildSpan | None = None
         self.escalations: list[str] = []
-        self.is_queued = False  # waits for a slot or its time: the server knows nothing of it
         self.detach_requested = False
-        self.was_requested = False  # its run, of the server: it may exist without our knowing
-        # Set for children that run in this process: asks the running code to stop.
-        self.interrupt: Callable[..., None] | None = None
+        self.keeper: UUID | None = None  # of an adopted one: the run that looks after it
+        self.attempt = Attempt(is_queued=kind != "adopted")
         # The loop an inline async child runs in; waiting there synchronously would deadlock.
         self.home_loop = home_loop
 
@@ -164,6 +201,16 @@ class Child(PrefectFuture[R], Generic[R]):
         return self._outcome is not None
 
     @property
+    def is_local(self) -> bool:
+        """Whether its code runs in this process or in one that this one has started."""
+        return self.kind in {"inline", "process"}
+
+    @property
+    def waits_for_a_slot(self) -> bool:
+        """Whether it runs elsewhere and has not been begun, as far as is known."""
+        return not self.is_local and (self._state is None or self._state.is_scheduled())
+
+    @property
     def is_detached(self) -> bool:
         """Whether nothing that becomes of the parent concerns the child."""
         return self.detach_requested or set(self.on_parent.values()) == {"detach"}
@@ -179,7 +226,7 @@ class Child(PrefectFuture[R], Generic[R]):
         Raises:
             RuntimeError: If called in the event loop that the child itself needs.
         """
-        self._refuse_deadlock()
+        self.refuse_deadlock()
         wait_in_slices(self._done, timeout)
 
     async def wait_async(self, timeout: float | None = None) -> None:
@@ -201,7 +248,7 @@ class Child(PrefectFuture[R], Generic[R]):
         except asyncio.TimeoutError:
             return
         finally:
-            self._remove_done_callback(wake)
+            self.remove_done_callback(wake)
 
     def result(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
         """Return the child's result, waiting for it if need be.
@@ -219,7 +266,7 @@ class Child(PrefectFuture[R], Generic[R]):
                 or `ChildCancelled`, with the child's own exception as `__cause__`.
             SpawnError: If it could not be launched.
         """
-        with self._waiting():
+        with self.being_awaited():
             self.wait(timeout)
         self._require_over(timeout)
         answer: R
@@ -231,7 +278,7 @@ class Child(PrefectFuture[R], Generic[R]):
 
     async def aresult(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
         """Return the child's result, waiting for it in the running loop; see `result`."""
-        with self._waiting():
+        with self.being_awaited():
             await self.wait_async(timeout)
             self._require_over(timeout)
             answer: R
@@ -277,13 +324,51 @@ class Child(PrefectFuture[R], Generic[R]):
             reason: One clause for people; it is kept in the run's state and on its span.
         """
         message = reason or "its handle was cancelled"
-        self._ask_cancel(self, CancelReason(source="explicit", message=message))
+        self.cancel_because(CancelReason(source="explicit", message=message))
 
     def detach(self) -> None:
         """Let the child go on, whatever becomes of its parent. There is no way back."""
         self._ask_detach(self)
 
     # -- for the supervisor -----------------------------------------------------------------
+
+    def cancel_because(self, reason: CancelReason) -> None:
+        """Ask for the child's cancellation for a reason of ours."""
+        self._ask_cancel(self, reason)
+
+    def being_awaited(self) -> _Waiting:
+        """Return a context in which somebody waits for the child."""
+        return _Waiting(self)
+
+    def remove_done_callback(self, fn: Callable[[Any], None]) -> None:
+        """Forget a callback that has not been called."""
+        with self._lock:
+            self._callbacks = [entry for entry in self._callbacks if entry[0] is not fn]
+
+    def refuse_deadlock(self) -> None:
+        """Refuse to wait for the child in a thread that its end depends on.
+
+        Raises:
+            RuntimeError: If this is one.
+        """
+        if self.is_over:
+            return
+        if threading.current_thread().name == CONTROL_THREAD:
+            raise RuntimeError(
+                f"A callback must not wait for child {self.name!r}: it runs in the thread that "
+                "would hear of the child's end. Wait in the flow."
+            )
+        if self.home_loop is None:
+            return
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if running is self.home_loop:
+            raise RuntimeError(
+                f"Child {self.name!r} runs in this event loop, so waiting for it without `await` "
+                "would never end. Use `await child`, or `await child.aresult()`."
+            )
 
     @property
     def is_awaited(self) -> bool:
@@ -300,6 +385,28 @@ class Child(PrefectFuture[R], Generic[R]):
         if self.generation:
             self._tracking_id = uuid4()
         return self._tracking_id
+
+    def begin_restart(self) -> bool:
+        """Forget the attempt that has ended; what comes next is a new run.
+
+        Returns:
+            False if the child is over, or somebody wants it to end.
+        """
+        with self._lock:
+            if self.is_over or not self.is_spared:
+                return False
+            self.generation += 1
+            self.restarts += 1
+            self._flow_run = self._state = None
+            self.cancel_reason = self.requested_at = self.acknowledged_at = None
+            self.escalations = []
+            self.attempt = Attempt()
+            return True
+
+    @property
+    def is_spared(self) -> bool:
+        """Whether nobody wants the child to end for good."""
+        return self.cancel_reason is None or self.cancel_reason.source == "restart"
 
     def assign_run(self, flow_run: FlowRun) -> None:
         """Record the run that the server created."""
@@ -323,14 +430,21 @@ class Child(PrefectFuture[R], Generic[R]):
         with self._lock:
             if self.is_over:
                 return False
-            if self.cancel_reason is None:
+            if self.cancel_reason is None or self.cancel_reason.source == "restart":
                 self.cancel_reason = reason
                 self.requested_at = _clock.utc_now()
                 if self.span is not None:
                     self.span.cancel_requested(reason)
-        if self.is_queued:
+        if self.attempt.is_queued:
             self.settle("cancelled")
         return True
+
+    def note_escalation(self, step: str) -> None:
+        """Record what had to be done beyond the first request."""
+        self.escalations.append(step)
+        if self.span is not None and self.requested_at is not None:
+            waited = (_clock.utc_now() - self.requested_at).total_seconds()
+            self.span.escalated(step, waited)
 
     def mark_acknowledged(self) -> None:
         """Record that the server has accepted the request."""
@@ -346,14 +460,25 @@ class Child(PrefectFuture[R], Generic[R]):
         state: State[Any] | None = None,
         value: Any = _NO_RESULT,
         exception: BaseException | None = None,
+        of: Attempt | None = None,
     ) -> bool:
-        """End the child, once; later calls change nothing and return false."""
-        reason = self.cancel_reason
+        """End the child, once; later calls change nothing and return false.
+
+        A child that is to be restarted goes on: then only the attempt has ended. The end *of* an
+        attempt that is not the present one is none.
+        """
+        if of is not None and (of is not self.attempt or of.is_over):
+            return False
+        attempt, reason = self.attempt, self.cancel_reason
         if outcome == "cancelled" and reason is not None and reason.source == "deadline":
             outcome = "timed_out"
+        if not self.is_over and self._on_attempt_over(self, End(outcome, state, exception)):
+            attempt.is_over = True
+            return False
         with self._lock:
             if self.is_over:
                 return False
+            attempt.is_over = True
             self._outcome = outcome
             self._value = value
             self._exception = exception
@@ -402,34 +527,15 @@ class Child(PrefectFuture[R], Generic[R]):
         error.__cause__ = cause
         return error
 
+    def load_exception(self) -> None:
+        """Fetch what the child raised elsewhere, if that was persisted."""
+        self._exception = self._load_exception_sync()
+
+    async def aload_exception(self) -> None:
+        """Fetch what the child raised elsewhere, if that was persisted."""
+        self._exception = await self._load_exception()
+
     # -- inside -----------------------------------------------------------------------------
-
-    def _waiting(self) -> _Waiting:
-        return _Waiting(self)
-
-    def _remove_done_callback(self, fn: Callable[[Any], None]) -> None:
-        with self._lock:
-            self._callbacks = [entry for entry in self._callbacks if entry[0] is not fn]
-
-    def _refuse_deadlock(self) -> None:
-        if self.is_over:
-            return
-        if threading.current_thread().name == CONTROL_THREAD:
-            raise RuntimeError(
-                f"A callback must not wait for child {self.name!r}: it runs in the thread that "
-                "would hear of the child's end. Wait in the flow."
-            )
-        if self.home_loop is None:
-            return
-        try:
-            running = asyncio.get_running_loop()
-        except RuntimeError:
-            return
-        if running is self.home_loop:
-            raise RuntimeError(
-                f"Child {self.name!r} runs in this event loop, so waiting for it without `await` "
-                "would never end. Use `await child`, or `await child.aresult()`."
-            )
 
     def _require_over(self, timeout: float | None) -> None:
         if not self.is_over:
@@ -451,7 +557,7 @@ class Child(PrefectFuture[R], Generic[R]):
         if self._state is None or self._state.data is None:
             return None
         try:
-            return _compat.state_result(self._state)
+            return compat.state_result(self._state)
         except MissingResult:
             return None
 
@@ -468,7 +574,7 @@ class Child(PrefectFuture[R], Generic[R]):
             return self._exception
         assert self._state is not None
         try:
-            return _own_exception(_compat.state_result(self._state))
+            return _own_exception(compat.state_result(self._state))
         except Exception:
             logger.debug("Could not read what child %r raised", self.name, exc_info=True)
             return None
@@ -501,6 +607,8 @@ class Child(PrefectFuture[R], Generic[R]):
         if self._outcome == "timed_out":
             return f"timed out: {state.message or state.name}"
         verb = "crashed" if self._outcome == "crashed" else "failed"
+        if self.restarts:
+            verb += f" after {self.restarts} restart(s)"
         if cause is not None:
             return f"{verb}: {type(cause).__name__}: {cause}"
         return f"{verb}: {state.message or state.name}"

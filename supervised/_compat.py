@@ -2,6 +2,9 @@
 
 Each entry has a feature check and a fallback, and `tests/contract/test_prefect_internals.py`
 says when Prefect changes it.
+
+Where attrs classes are defined it is imported as `compat`: the code that attrs generates for them
+looks up a `_compat` of its own, and would find this module among the globals.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import prefect
-from prefect.flow_engine import run_flow
+from prefect.flow_engine import run_flow, run_flow_in_subprocess
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
+    from multiprocessing.process import BaseProcess
 
-    from prefect.client.schemas.objects import FlowRun, State
+    from prefect.client.schemas.objects import FlowRun, State, TaskRun
     from prefect.context import FlowRunContext
     from prefect.flows import Flow
 
@@ -84,6 +88,82 @@ def run_flow_inline(flow: Flow[..., Any], flow_run: FlowRun, parameters: Mapping
         Its final state; for an async flow, an awaitable of it.
     """
     return run_flow(flow, flow_run=flow_run, parameters=dict(parameters), return_type="state")
+
+
+def run_flow_in_process(
+    flow: Flow[..., Any],
+    flow_run: FlowRun,
+    parameters: Mapping[str, Any],
+    *,
+    context: dict[str, Any],
+    env: Mapping[str, str | None],
+) -> BaseProcess:
+    """Run a flow in a process of its own under a flow run that exists already.
+
+    Returns:
+        The process, started.
+    """
+    return run_flow_in_subprocess(
+        flow, flow_run=flow_run, parameters=dict(parameters), context=context, env=dict(env)
+    )
+
+
+def task_run_event(task_run: TaskRun) -> dict[str, Any]:
+    """Return the event from which the server records a task run that has just been made.
+
+    Prefect 3 makes all its task runs so (utilities/engine, `emit_task_run_state_change_event`;
+    server/services/task_run_recorder.py). That function sends the event by a thread of its own, and
+    takes the flow run from a context that the control plane does not have.
+    """
+    state = task_run.state
+    assert state is not None
+    occurred = state.timestamp.isoformat()
+    return {
+        "id": str(state.id),
+        "occurred": occurred,
+        "event": f"prefect.task-run.{state.name}",
+        "resource": {
+            "prefect.resource.id": f"prefect.task-run.{task_run.id}",
+            "prefect.resource.name": task_run.name,
+            "prefect.run-count": str(task_run.run_count),
+            "prefect.state-message": "",
+            "prefect.state-name": state.name or "",
+            "prefect.state-timestamp": occurred,
+            "prefect.state-type": state.type.value,
+            "prefect.orchestration": "client",
+        },
+        "related": [
+            {
+                "prefect.resource.id": f"prefect.flow-run.{task_run.flow_run_id}",
+                "prefect.resource.role": "flow-run",
+            }
+        ],
+        "payload": {
+            "intended": {"from": None, "to": state.type.value},
+            "initial_state": None,
+            "validated_state": {
+                "type": state.type.value,
+                "name": state.name,
+                "message": None,
+                "state_details": {},
+            },
+            "task_run": task_run.model_dump(mode="json", exclude_none=True, exclude=_NOT_IN_EVENTS),
+        },
+    }
+
+
+_NOT_IN_EVENTS = {
+    "id",
+    "created",
+    "updated",
+    "flow_run_id",
+    "state_id",
+    "state_type",
+    "state_name",
+    "state",
+    "estimated_start_time_delta",
+    "estimated_run_time",
+}
 
 
 def engine_owns_cancellation() -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import contextvars
 import math
 import os
@@ -198,6 +199,27 @@ def wait_in_slices(future: concurrent.futures.Future[Any], timeout: float | None
         if left <= 0:
             return False
         concurrent.futures.wait([future], timeout=min(left, SLICE_SECONDS))
+    return True
+
+
+async def wait_in_loop(
+    future: concurrent.futures.Future[Any], timeout: float | None = None
+) -> bool:
+    """Wait in the running loop until the future is done; false if *timeout* seconds passed.
+
+    Unlike `asyncio.wrap_future`, it leaves the future alone when the caller is cancelled.
+    """
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
+            loop.call_soon_threadsafe(over.set)
+
+    future.add_done_callback(wake)
+    try:
+        await asyncio.wait_for(over.wait(), timeout)
+    except asyncio.TimeoutError:
+        return future.done()
     return True
 
 

@@ -7,6 +7,7 @@ SupervisedError
 │  ├─ DuplicateKeyError (ValueError)     one key, two different pieces of work
 │  ├─ ScopeClosedError (RuntimeError)    the scope is over, or being torn down
 │  ├─ DeploymentNotFoundError (LookupError)
+│  ├─ RunNotFoundError (LookupError)     no run to adopt
 │  ├─ DeploymentPausedError
 │  ├─ ParametersError (ValueError)       parameters that the flow or deployment refuses
 │  ├─ NoApiError                         no Prefect API is configured
@@ -16,6 +17,7 @@ SupervisedError
 │  ├─ ChildCrashed
 │  ├─ ChildTimedOut
 │  └─ ChildCancelled
+├─ ScopeTimeoutError (TimeoutError)      a scope's deadline was exceeded
 └─ TeardownError                         a teardown that could not verify every run
 
 `ChildCancelled` reports the cancellation of a *child* and is an ordinary exception; the
@@ -65,6 +67,10 @@ class ScopeClosedError(SpawnError, RuntimeError):
 
 class DeploymentNotFoundError(SpawnError, LookupError):
     """The server knows no deployment of that name or id."""
+
+
+class RunNotFoundError(SpawnError, LookupError):
+    """The server knows no flow run of that id."""
 
 
 class DeploymentPausedError(SpawnError):
@@ -136,6 +142,10 @@ class ChildTimedOut(ChildError):
 
 class ChildCancelled(ChildError):
     """The child was cancelled; `reason` says by whom."""
+
+
+class ScopeTimeoutError(SupervisedError, TimeoutError):
+    """The deadline of a scope was exceeded; Prefect calls the run's state *TimedOut*."""
 
 
 class TeardownError(SupervisedError):

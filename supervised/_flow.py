@@ -14,8 +14,9 @@ from typing_extensions import ParamSpec
 from supervised import _compat, _scope
 from supervised._context import current_supervisor
 from supervised._hooks import HOOK_OPTIONS, normalise_hook, normalise_hooks
-from supervised._policy import check_seconds, resolve_on_parent
+from supervised._policy import check_limit, check_seconds, resolve_on_parent
 from supervised._reap import end_what_is_left
+from supervised._restart import Restart, check_restart
 from supervised._supervisor import Supervisor
 from supervised._types import OnChildFailure, OnParent, ScopeOptions
 
@@ -94,8 +95,8 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
         """Return a copy with other options, those of the scope included.
 
         Args:
-            **options: Options of `Flow.with_options`, and `grace_seconds`, `on_parent`,
-                `on_child_failure`, `max_concurrent`.
+            **options: Options of `Flow.with_options`, and those that `supervised_flow` adds to
+                the options of `flow`.
 
         Raises:
             TypeError: If an option does not exist.
@@ -235,6 +236,9 @@ _SCOPE_OPTION_NAMES = (
     "on_child_failure",
     "max_concurrent",
     "lease_seconds",
+    "restart",
+    "deadline_seconds",
+    "requests_per_minute",
 )
 
 
@@ -246,6 +250,9 @@ def _scope_options(
     on_child_failure: OnChildFailure | None = None,
     max_concurrent: int | None = None,
     lease_seconds: float | None = None,
+    restart: Restart | None = None,
+    deadline_seconds: float | None = None,
+    requests_per_minute: int | None = None,
 ) -> ScopeOptions:
     """Return validated options over *base*.
 
@@ -258,18 +265,20 @@ def _scope_options(
             f"on_child_failure: {on_child_failure!r} is no policy; "
             f"use {', '.join(_FAILURE_POLICIES)}"
         )
-    if max_concurrent is not None and (not isinstance(max_concurrent, int) or max_concurrent < 1):
-        raise ValueError(
-            f"max_concurrent must be a whole number, 1 or more; got {max_concurrent!r}"
-        )
+    limit = check_limit("max_concurrent", max_concurrent)
     grace = check_seconds("grace_seconds", grace_seconds)
+    budget = check_limit("requests_per_minute", requests_per_minute)
+    deadline = check_seconds("deadline_seconds", deadline_seconds)
     lease = check_seconds("lease_seconds", lease_seconds, least=1.0)
     return ScopeOptions(
         grace_seconds=base.grace_seconds if grace is None else grace,
         on_parent=resolve_on_parent(on_parent, base.on_parent),
         on_child_failure=on_child_failure or base.on_child_failure,
-        max_concurrent=max_concurrent if max_concurrent is not None else base.max_concurrent,
+        max_concurrent=base.max_concurrent if limit is None else limit,
         lease_seconds=base.lease_seconds if lease is None else lease,
+        restart=check_restart(restart) or base.restart,
+        deadline_seconds=base.deadline_seconds if deadline is None else deadline,
+        requests_per_minute=base.requests_per_minute if budget is None else budget,
     )
 
 
@@ -310,6 +319,9 @@ class SupervisedFlowDecorator:
         on_child_failure: OnChildFailure | None = None,
         max_concurrent: int | None = None,
         lease_seconds: float | None = None,
+        restart: Restart | None = None,
+        deadline_seconds: float | None = None,
+        requests_per_minute: int | None = None,
     ) -> Callable[[Callable[P, R]], SupervisedFlow[P, R]]: ...
 
     def __call__(self, __fn: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -330,6 +342,14 @@ class SupervisedFlowDecorator:
             max_concurrent: Children launched and not over at any one time; no limit by default.
             lease_seconds: Seconds without a sign of life from the run's process after which its
                 children elsewhere take it for dead and end themselves; 30 by default.
+            restart: Limits within which children that fail or crash are restarted; never by
+                default.
+            deadline_seconds: Seconds from the body's beginning after which the scope is torn down
+                and the run ends as *TimedOut*. What is left of it holds for everything below too:
+                nested scopes, and supervised children elsewhere. No limit by default.
+            requests_per_minute: How many requests supervision may make in a minute, in this
+                process; a teardown's go before launches, and launches before reads. No limit by
+                default. `Retry-After` of the server is honoured in any case.
             **options: Every option of `prefect.flow`. Hooks may be one callable or a list, of
                 three arguments of any names.
 

@@ -28,6 +28,9 @@ S = TypeVar("S")
 class Host(Protocol):
     """What supervision needs of the process that it runs in."""
 
+    starts_processes: bool
+    """Whether a child may be given a process of its own."""
+
     def acquire_plane(self, services: Callable[[], AbstractAsyncContextManager[S]]) -> Plane[S]:
         """Return the process's control plane, started if need be; each user releases it."""
         ...
@@ -55,6 +58,8 @@ class Host(Protocol):
 
 class PrefectHost:
     """A real process with Prefect in it."""
+
+    starts_processes = True
 
     def acquire_plane(self, services: Callable[[], AbstractAsyncContextManager[S]]) -> Plane[S]:
         return ControlPlane.acquire(services)

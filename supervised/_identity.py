@@ -20,6 +20,8 @@ from supervised._types import ACTIONS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from prefect.client.schemas.objects import FlowRun
+
     from supervised._types import Action, Cause
 
 _MARK = re.compile(r"\[supervised by ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\]")
@@ -33,12 +35,16 @@ PARENT = "supervised.parent"
 PATH = "supervised.path"
 KEY = "supervised.key"
 GENERATION = "supervised.generation"
+WORK = "supervised.work"
+SPAWN = "supervised.spawn"
 ON_PARENT = "supervised.on_parent"
 DETACHED = "supervised.detached"
+ADOPTED = "supervised.adopted"
 HOST = "supervised.host"
 FOLLOWS_ROOT = "supervised.follows_root"
 LEASE_SECONDS = "supervised.lease_seconds"
 LEASE = "supervised.lease"
+DEADLINE_SECONDS = "supervised.deadline_seconds"
 
 Labels = dict[str, Any]
 _UNHASHABLE = "unhashable"
@@ -138,6 +144,12 @@ def lease_seconds_of(labels: Mapping[str, Any]) -> float:
     return float(value) if isinstance(value, (int, float)) else math.inf
 
 
+def deadline_seconds_of(labels: Mapping[str, Any]) -> float | None:
+    """Return how long a child had when it was created, if its parent's time was limited."""
+    value = labels.get(DEADLINE_SECONDS)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
 def lease(attempt: int, renewal: int) -> str:
     """Return the value of a lease: attempts of one run fence each other off by it."""
     return f"{attempt}:{renewal}"
@@ -192,16 +204,27 @@ def is_below(labels: Mapping[str, Any], ancestor: UUID) -> bool:
     return not labels.get(DETACHED) and ancestor in path_of(labels)
 
 
-def is_ours(labels: Mapping[str, Any], key: str | None) -> bool:
-    """Whether labels and idempotency key prove that a supervisor created the run.
+def is_ours(run: FlowRun) -> bool:
+    """Whether a run's labels and idempotency key prove that a supervisor created or adopted it.
 
     A copied run carries its original's tags, and may carry its labels, but an idempotency
-    key is unique per flow on the server: no copy has it.
+    key is unique per flow on the server: no copy has it. Nor is a copy the run that a label
+    names as adopted.
     """
-    made = spawn_of(labels)
-    if made is None or path_of(labels)[-1:] != made[:1]:
+    made = spawn_of(run.labels)
+    if made is None or path_of(run.labels)[-1:] != made[:1]:
         return False
-    return str(key or "").startswith(f"{TAG_PREFIX}{made[0]}:")
+    if run.labels.get(ADOPTED) == str(run.id):
+        return True
+    return str(run.idempotency_key or "").startswith(f"{TAG_PREFIX}{made[0]}:")
+
+
+def keeper_of(run: FlowRun) -> UUID | None:
+    """Return the run whose supervisor looks after a run, if one does."""
+    made = spawn_of(run.labels)
+    if made is None or run.labels.get(DETACHED) or not is_ours(run):
+        return None
+    return made[0]
 
 
 def mark_message(text: str, by: UUID) -> str:

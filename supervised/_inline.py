@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.context import FlowRunContext
 from prefect.exceptions import ParameterTypeError, TerminationSignal
-from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Cancelling
 
 from supervised import _clock, _compat, _telemetry
 from supervised._context import current_child
 from supervised._errors import ParametersError
-from supervised._log import get_logger
+from supervised._log import get_logger, run_logger
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
     import contextvars
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from prefect.client.schemas.objects import FlowRun, State
     from prefect.flows import Flow
@@ -65,7 +64,8 @@ class InlineRun:
         self._in_body = False
         self._began = False
         self._flow = self._guarded(flow)
-        child.interrupt = self.interrupt
+        self._attempt = child.attempt
+        self._attempt.interrupt = self.interrupt
 
     def start(self) -> None:
         """Start the code where it belongs; from any thread."""
@@ -82,7 +82,7 @@ class InlineRun:
         try:
             self._loop.call_soon_threadsafe(self._create_task)
         except RuntimeError:  # the body's loop is closed
-            self._child.settle("cancelled")
+            self._child.settle("cancelled", of=self._attempt)
 
     def interrupt(self, *, hard: bool = False) -> None:
         """Ask the code to stop; *hard* also where only Prefect's engine runs."""
@@ -91,7 +91,7 @@ class InlineRun:
         try:
             self._loop.call_soon_threadsafe(self._cancel_task, hard)
         except RuntimeError:  # the loop is closed, and the task with it
-            self._child.settle("cancelled")
+            self._child.settle("cancelled", of=self._attempt)
 
     @property
     def is_running(self) -> bool:
@@ -155,14 +155,16 @@ class InlineRun:
         outcome = outcome_of(state, asked=self._child.cancel_reason is not None)
         if outcome is None:
             # The engine gave up because the run was being cancelled behind its back.
-            self._child.settle("cancelled", state=state)
+            self._child.settle("cancelled", state=state, of=self._attempt)
         elif outcome == "completed":
             value = await state.aresult(raise_on_failure=False)
-            self._child.settle(outcome, state=state, value=value)
+            self._child.settle(outcome, state=state, value=value, of=self._attempt)
         else:
             exception = await state.aresult(raise_on_failure=False)
             own = exception if isinstance(exception, BaseException) else None
-            self._child.settle(outcome, state=state, exception=self._explained(own))
+            self._child.settle(
+                outcome, state=state, exception=self._explained(own), of=self._attempt
+            )
 
     def _explained(self, exc: BaseException | None) -> BaseException | None:
         """Return our own exception for parameters that the flow's types refuse."""
@@ -178,11 +180,11 @@ class InlineRun:
     def _ended_by(self, exc: BaseException) -> None:
         """Settle a child whose engine raised instead of returning a state."""
         if isinstance(exc, (asyncio.CancelledError, TerminationSignal)):
-            self._child.settle("cancelled")
+            self._child.settle("cancelled", of=self._attempt)
         elif self._child.cancel_reason is not None:
-            self._child.settle("cancelled", exception=exc)
+            self._child.settle("cancelled", exception=exc, of=self._attempt)
         else:
-            self._child.settle("crashed", exception=exc)
+            self._child.settle("crashed", exception=exc, of=self._attempt)
 
     # -- inside the child's own run -----------------------------------------------------------
 
@@ -267,19 +269,24 @@ async def run_cancellation_hooks(flow: Flow[..., Any], run: FlowRun, message: st
 
     The engine runs them only for the cancellations that it hears of itself.
     """
-    hooks = flow.on_cancellation_hooks
+    await run_hooks(flow.on_cancellation_hooks, flow, run, Cancelling(message=message))
+
+
+async def run_hooks(
+    hooks: Sequence[Callable[..., Any]], flow: Flow[..., Any], run: FlowRun, state: State[Any]
+) -> None:
+    """Run some of a flow's hooks as the engine would."""
     if not hooks:
         return
-    run_logger = get_run_logger()
-    state: State[Any] = Cancelling(message=message)
+    log = run_logger(run, flow)
     for hook in hooks:
         name = getattr(hook, "__name__", type(hook).__name__)
-        run_logger.info("Running hook %r in response to entering state %r", name, state.name)
+        log.info("Running hook %r in response to entering state %r", name, state.name)
         try:
             result: Any = hook(flow, run, state)
             if inspect.isawaitable(result):
                 await result
         except Exception:
-            run_logger.exception("An error was encountered while running hook %r", name)
+            log.exception("An error was encountered while running hook %r", name)
         else:
-            run_logger.info("Hook %r finished running successfully", name)
+            log.info("Hook %r finished running successfully", name)

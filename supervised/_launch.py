@@ -3,45 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import UUID
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from uuid import UUID, uuid4
 
 import anyio
 import attrs
 import httpx
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import TagsContext
 from prefect.flows import Flow
+from prefect.futures import PrefectFlowRunFuture
 from prefect.utilities.callables import get_call_parameters
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, wait_random
 
-from supervised import _clock, _compat, _identity
+from supervised import _clock, _identity
+from supervised import _compat as compat
 from supervised._api import Deployment, Orchestrator, RunRequest
 from supervised._errors import (
     DeploymentPausedError,
     InvalidTargetError,
     ParametersError,
+    RunNotFoundError,
+    ScopeClosedError,
     ServerUnreachableError,
     SpawnError,
 )
 from supervised._log import get_logger
-from supervised._policy import outcome_of
+from supervised._policy import check_seconds, is_over, resolve_on_parent
+from supervised._slots import SlotPool, Slots
+from supervised._types import CancelReason
 
 if TYPE_CHECKING:
     import contextvars
     from collections.abc import Awaitable, Callable, Sequence
-    from datetime import datetime
-
-    from prefect.client.schemas.objects import FlowRun
 
     from supervised._child import Child
+    from supervised._restart import Restart
+    from supervised._types import Reuse, ScopeOptions, SpawnOptions
 
 logger = get_logger("prefect.supervised.launch")
 
 T = TypeVar("T")
 _PATIENCE_SECONDS = 30.0
+SUPERSEDED = "a later attempt of this run has begun elsewhere, and the children belong to it"
 
 
 @attrs.frozen(kw_only=True)
@@ -57,6 +66,13 @@ class LaunchSpec:
     context: contextvars.Context
     home_loop: asyncio.AbstractEventLoop | None
     lease_seconds: float
+    pool: SlotPool = attrs.field(factory=SlotPool)
+    seconds_left: Callable[[], float | None] = lambda: None
+    work: str = ""
+    reuse: Reuse = "never"
+    id: str = attrs.field(factory=lambda: uuid4().hex)
+    restart: Restart | None = None
+    after: tuple[Child[Any], ...] = ()
     scheduled_time: datetime | None = None
     work_queue_name: str | None = None
     job_variables: Mapping[str, Any] | None = None
@@ -90,6 +106,27 @@ def check_target(target: object) -> Flow[..., Any] | str | UUID:
     )
 
 
+def check_run(target: object) -> UUID:
+    """Return the id of a run that can be adopted.
+
+    Raises:
+        InvalidTargetError: If it is neither an id, nor a flow run, nor the future of one.
+    """
+    if isinstance(target, UUID):
+        return target
+    if isinstance(target, FlowRun):
+        return target.id
+    if isinstance(target, PrefectFlowRunFuture):
+        return target.flow_run_id
+    if isinstance(target, str):
+        with contextlib.suppress(ValueError):
+            return UUID(target)
+    raise InvalidTargetError(
+        f"Cannot adopt {target!r}: give the id of a flow run, the flow run, or the future of one, "
+        "as `flow.submit()` returns it."
+    )
+
+
 def target_name(target: Flow[..., Any] | str | UUID) -> str:
     """Return the name under which people know the target."""
     return target.name if isinstance(target, Flow) else str(target)
@@ -100,6 +137,33 @@ def code_of(target: Flow[..., Any] | str | UUID) -> str:
     if not isinstance(target, Flow):
         return ""
     return f"{target.fn.__module__}.{target.fn.__qualname__}"
+
+
+def check_options(target: str, options: SpawnOptions) -> None:
+    """Refuse options that the server would refuse later, or take for something else.
+
+    Raises:
+        SpawnError: If one is not of its type.
+        ValueError: If a value is out of range.
+    """
+    for option in ("name", "key", "work_queue_name"):
+        value = options.get(option)
+        if value is not None and not (isinstance(value, str) and value):
+            raise SpawnError(
+                f"{option} must be a string that is not empty; got {value!r}", child=target
+            )
+    variables = options.get("job_variables")
+    if variables is not None and not isinstance(variables, Mapping):
+        raise SpawnError(f"job_variables must be a mapping; got {variables!r}", child=target)
+    moment = options.get("scheduled_time")
+    if moment is not None and not isinstance(moment, datetime):
+        raise SpawnError(f"scheduled_time must be a datetime; got {moment!r}", child=target)
+    if moment is not None and moment.tzinfo is None:
+        raise ValueError(
+            f"scheduled_time {moment.isoformat()} has no time zone; give it one, such as "
+            "datetime.now(timezone.utc) + timedelta(minutes=5)"
+        )
+    check_seconds("timeout_seconds", options.get("timeout_seconds"))
 
 
 def check_tags(target: str, tags: Sequence[str] | None) -> tuple[str, ...]:
@@ -164,7 +228,10 @@ class Launcher:
     Args:
         api: The seam to Prefect.
         run: The supervised run.
-        max_concurrent: Children launched and not over at any one time; `None` for no limit.
+        lineage: Where it stands in its tree.
+        options: Those of its scope.
+        is_superseded: Tells whether a later attempt of the run has begun.
+        end_run: Ends a run with everything below it; returns whether it is over.
         call_soon: Calls something in the control plane's loop, from any thread.
     """
 
@@ -173,14 +240,22 @@ class Launcher:
         api: Orchestrator,
         *,
         run: FlowRun,
-        max_concurrent: int | None,
+        lineage: _identity.Lineage,
+        options: ScopeOptions,
+        is_superseded: Callable[[], Awaitable[bool]],
+        end_run: Callable[[FlowRun], Awaitable[bool]],
         call_soon: Callable[[Callable[[], object]], object],
     ) -> None:
         self._api = api
         self._run = run
         self._call_soon = call_soon
-        self._slots = anyio.Semaphore(max_concurrent) if max_concurrent is not None else None
+        self._lineage = lineage
+        self._options = options
+        self._is_superseded = is_superseded
+        self._end_run = end_run
+        self._slots = Slots(options.max_concurrent)
         self._earlier: dict[str, FlowRun] | None = None
+        self._reading_earlier = anyio.Lock()
 
     async def launch(self, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
         """Give the child a run: one that an earlier attempt left alive, or a new one.
@@ -191,74 +266,163 @@ class Launcher:
         Returns:
             The run, or `None` if there will be none.
         """
-        await self._take_slot(child)
-        if child.is_over:
-            return None
+        attempt = child.attempt
         try:
-            await _wait_for_its_time(child, spec)
+            if attempt.is_queued:
+                await self._wait_for_its_turn(child, spec)
+            if attempt.is_over:
+                return None
             run = await patiently(lambda: self._adopt_earlier(child, spec)) or await patiently(
                 lambda: self._create(child, spec)
             )
         except SpawnError as exc:
             exc.child = child.name
-            child.settle("failed", exception=exc)
+            child.settle("failed", exception=exc, of=attempt)
             return None
         except Exception as exc:
             failure = SpawnError(
                 f"Launching child {child.name!r} failed: {exc!r}", child=child.name
             )
             failure.__cause__ = exc
-            child.settle("failed", exception=failure)
+            child.settle("failed", exception=failure, of=attempt)
             return None
         if run is not None:
             child.assign_run(run)
         return run
 
-    async def _take_slot(self, child: Child[Any]) -> None:
+    async def _wait_for_its_turn(self, child: Child[Any], spec: LaunchSpec) -> None:
+        """Wait for what comes first, for its time and for a slot, or until the child is over."""
+        await _wait_for_predecessors(child, spec.after)
+        await _wait_for_its_time(child, spec)
+        await self._take_slot(child, spec.pool)
+        child.attempt.is_queued = False
+
+    async def adopt(self, child: Child[Any], run_id: UUID) -> FlowRun | None:
+        """Give the child a run that exists, and mark that run as ours, so that everybody knows.
+
+        Returns:
+            The run, or `None` if the child is over.
+        """
+        try:
+            run = await patiently(lambda: self._read_to_adopt(run_id))
+            if not is_over(run):
+                await patiently(self._require_current)
+                await patiently(lambda: self._mark(child, run))
+                run = await patiently(lambda: self._read_to_adopt(run_id))
+        except SpawnError as exc:
+            exc.child = child.name
+            child.settle("failed", exception=exc)
+            return None
+        if _identity.keeper_of(run) == self._run.id:
+            child.keeper = self._run.id
+        child.assign_run(run)
+        return run
+
+    async def _read_to_adopt(self, run_id: UUID) -> FlowRun:
+        (run,) = await self._api.read_runs([run_id]) or (None,)
+        if run is None:
+            raise RunNotFoundError(
+                f"There is no flow run {run_id} to adopt. List runs with: prefect flow-run ls"
+            )
+        keeper = _identity.keeper_of(run)
+        if keeper not in {None, self._run.id} and await self._lives(keeper):
+            raise SpawnError(
+                f"Flow run {run.name!r} ({run_id}) is a child of run {keeper}, which looks after "
+                "it. Detach it there first."
+            )
+        return run
+
+    async def _lives(self, run_id: UUID | None) -> bool:
+        runs = await self._api.read_runs([run_id]) if run_id is not None else []
+        return any(not is_over(run) for run in runs)
+
+    async def _mark(self, child: Child[Any], run: FlowRun) -> None:
+        labels = _identity.child_labels(
+            self._lineage,
+            key=child.key,
+            generation=child.generation,
+            on_parent=child.on_parent,
+            lease_seconds=self._options.lease_seconds,
+        )
+        labels.setdefault(_identity.DETACHED, False)
+        tags = dict.fromkeys([*run.tags, _identity.COMMON_TAG, self._lineage.tag])
+        # Labels first: what carries the tag alone is nobody's.
+        await self._api.label_for_good(run.id, {**labels, _identity.ADOPTED: str(run.id)})
+        await self._api.tag(run.id, list(tags))
+
+    async def _take_slot(self, child: Child[Any], pool: SlotPool) -> None:
         """Wait for one of `max_concurrent` slots; the child gives it back when it is over."""
-        slots = self._slots
-        if slots is None:
+        if child.is_over or (self._options.max_concurrent is None and pool.limit is None):
             return
-        child.is_queued = True
-        if child.cancel_reason is not None:
-            child.settle("cancelled")
-            return
-        await slots.acquire()
-        child.is_queued = False
-        child.when_over(lambda: self._call_soon(slots.release))
+        await self._slots.take(pool)
+        child.when_over(lambda: self._call_soon(lambda: self._slots.give_back(pool)))
 
     async def _adopt_earlier(self, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
-        """Find what an earlier attempt of this run made of the same key.
-
-        A live deployment run is taken over. Anything else gets the next generation, because the
-        server returns a terminal run for a key that it knows.
-        """
-        if self._run.run_count <= 1:
+        """Find what an earlier attempt of this run made of the same key, and see what to do."""
+        # A run that is resumed may count as the same attempt; its children counted on its lease.
+        is_first = self._run.run_count <= 1 and _identity.LEASE not in self._run.labels
+        if child.restarts or is_first:
             return None
-        if self._earlier is None:
-            runs = await self._api.read_children([self._run.id])
-            runs.sort(key=_generation)
-            self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
-        earlier = self._earlier.get(child.key)
+        known = (await self._read_earlier()).get(child.key)
+        # Read again: it may have ended since.
+        (earlier,) = (await self._api.read_runs([known.id]) if known else None) or (None,)
         if earlier is None or earlier.state is None:
             return None
-        is_live = outcome_of(earlier.state, asked=False) is None
-        if is_live and not isinstance(spec.target, Flow) and not earlier.state.is_cancelling():
-            child.generation = _generation(earlier)
+        child.generation = _generation(earlier)
+        if await self._may_take(child, earlier, spec):
             return earlier
-        child.generation = _generation(earlier) + 1
+        child.generation += 1
         return None
+
+    async def _read_earlier(self) -> dict[str, FlowRun]:
+        """Return the last run of every key that earlier attempts have left, read once."""
+        async with self._reading_earlier:
+            if self._earlier is None:
+                runs = await self._api.read_children([self._run.id])
+                runs.sort(key=_generation)
+                self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
+            return self._earlier
 
     async def _create(self, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
         """Create the run, under the first generation of its key that has not been used up.
 
-        A resumed run counts as the same attempt, so only the answer tells that a key was used.
+        The server answers with the run that it has if the key was used before.
         """
         while True:
+            await self._require_current()
             run = await _create(self._api, child, spec)
-            if run is None or not _is_used_up(run):
+            if run is None or await self._may_take(child, run, spec):
                 return run
             child.generation += 1
+
+    async def _require_current(self) -> None:
+        """Refuse to launch for an attempt that a later one has replaced.
+
+        Raises:
+            ScopeClosedError: If one has.
+        """
+        if await self._is_superseded():
+            raise ScopeClosedError(SUPERSEDED)
+
+    async def _may_take(self, child: Child[Any], run: FlowRun, spec: LaunchSpec) -> bool:
+        """Whether a run may become the child's; one that is in the way is ended first.
+
+        One that was let go stays so: there is no way back.
+
+        Raises:
+            SpawnError: If it could not be ended.
+        """
+        met = meet(run, spec)
+        if met == "end":
+            await self._require_current()
+        if met == "end" and not await self._end_run(run):
+            raise SpawnError(
+                f"Run {run.name!r} ({run.id}) of an earlier attempt has the same key, and could "
+                "not be ended. Cancel it by hand: prefect flow-run cancel <id>"
+            )
+        if met == "take" and run.labels.get(_identity.DETACHED):
+            child.on_parent = resolve_on_parent("detach")
+        return met == "take"
 
 
 async def patiently(request: Callable[[], Awaitable[T]]) -> T:
@@ -286,13 +450,33 @@ async def patiently(request: Callable[[], Awaitable[T]]) -> T:
     raise AssertionError("unreachable")  # pragma: no cover - tenacity re-raises
 
 
-def _is_used_up(run: FlowRun) -> bool:
-    """Whether the server answered with a run that an earlier attempt left behind."""
-    if run.state is None:
-        return False
-    if run.deployment_id is None:
-        return not run.state.is_pending()
-    return run.state.is_final() or run.state.is_cancelling()
+def meet(run: FlowRun, spec: LaunchSpec) -> Literal["take", "end", "pass"]:
+    """Return what is to become of a run that the server has under a child's key.
+
+    Args:
+        run: The run: one that has just been created, or one of an earlier attempt.
+        spec: What the child is to be.
+
+    Returns:
+        *take* to make it the child's, *end* if it must not live beside the child's own, *pass* if
+        there is nothing to do.
+    """
+    state = run.state
+    if state is None or run.labels.get(_identity.SPAWN) == spec.id:
+        return "take"
+    is_same = run.labels.get(_identity.WORK) == spec.work and _identity.is_comparable(spec.work)
+    is_inline = run.deployment_id is None
+    is_detached = bool(run.labels.get(_identity.DETACHED))
+    if state.is_final():
+        # A result that was not persisted has gone with the process.
+        has_result = not is_inline or state.data is not None
+        can_reuse = spec.reuse == "completed" and state.is_completed() and has_result
+        return "take" if is_same and can_reuse else "pass"
+    if is_inline:
+        return "pass"  # so has its code
+    if is_same and not state.is_cancelling():
+        return "take"
+    return "pass" if is_detached else "end"
 
 
 def _generation(run: FlowRun) -> int:
@@ -323,7 +507,7 @@ async def _create_deployed(
         )
     if _cancelled_early(child):
         return None
-    child.was_requested = True
+    child.attempt.was_requested = True
     return await api.create_deployment_run(deployment, _request(child, spec, deployment))
 
 
@@ -333,7 +517,7 @@ async def _create_inline(
     parameters = bind_parameters(flow, spec.parameters)
     if _cancelled_early(child):
         return None
-    child.was_requested = True
+    child.attempt.was_requested = True
     request = attrs.evolve(_request(child, spec), parameters=parameters)
     return await api.create_inline_run(flow, request)
 
@@ -356,13 +540,38 @@ async def _wait_for_its_time(child: Child[Any], spec: LaunchSpec) -> None:
         return  # deployments wait on the server
     bind_parameters(spec.target, spec.parameters)
     loop, over = asyncio.get_running_loop(), asyncio.Event()
-    child.when_over(lambda: loop.call_soon_threadsafe(over.set))
-    child.is_queued = True
-    if child.cancel_reason is not None:
-        child.settle("cancelled")
+    child.when_over(lambda: _wake(loop, over))
     with anyio.move_on_after(max(0.0, (spec.scheduled_time - _clock.utc_now()).total_seconds())):
         await over.wait()
-    child.is_queued = False
+
+
+async def _wait_for_predecessors(child: Child[Any], after: Sequence[Child[Any]]) -> None:
+    """Wait until all of *after* have completed; if one does not, neither does the child begin."""
+    if not after:
+        return
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    for each in (child, *after):
+        each.when_over(lambda: _wake(loop, changed))
+    while not child.is_over:
+        ends = [each for each in after if each.is_over]
+        if (
+            failed := next((each for each in ends if each.outcome != "completed"), None)
+        ) is not None:
+            message = f"'{failed.name}', which comes before it, {failed.describe_end()}"
+            child.mark_cancel(
+                CancelReason(source="predecessor_failed", message=message, child=failed.name)
+            )
+        elif len(ends) == len(after):
+            break
+        else:
+            await changed.wait()
+            changed.clear()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
+        loop.call_soon_threadsafe(event.set)
 
 
 def _cancelled_early(child: Child[Any]) -> bool:
@@ -370,11 +579,12 @@ def _cancelled_early(child: Child[Any]) -> bool:
 
     A request that was not answered may have been carried out; only asking again tells.
     """
-    if child.was_requested:
+    if child.attempt.was_requested:
         return False
+    attempt = child.attempt
     if child.cancel_reason is not None:
-        child.settle("cancelled")
-    return child.is_over
+        child.settle("cancelled", of=attempt)
+    return attempt.is_over
 
 
 def _request(
@@ -387,8 +597,13 @@ def _request(
         on_parent=child.on_parent,
         lease_seconds=spec.lease_seconds,
     )
+    labels[_identity.WORK] = spec.work
+    labels[_identity.SPAWN] = spec.id
+    left = spec.seconds_left()
+    if left is not None and child.on_parent["timed_out"] == "cancel":
+        labels[_identity.DEADLINE_SECONDS] = round(left, 3)
     if child.span is not None and (traceparent := child.span.traceparent) is not None:
-        labels[_compat.TRACEPARENT_LABEL] = traceparent
+        labels[compat.TRACEPARENT_LABEL] = traceparent
     detached = labels.get(_identity.DETACHED, False)
     # A detached child is nobody's to tear down, so nothing that finds a tree may find it.
     ours = () if detached else (_identity.COMMON_TAG, spec.lineage.tag)

@@ -15,6 +15,7 @@ import anyio
 import attrs
 
 from supervised import _clock, _identity
+from supervised._budget import Priority, priority
 from supervised._log import get_logger
 from supervised._policy import may_have_process
 
@@ -60,7 +61,9 @@ class LeaseHolder:
 
     async def _renew_for_ever(self) -> None:
         while True:
-            await anyio.sleep(renewal_seconds(self._seconds))
+            # Of a small budget no more than half, or nothing would ever be launched.
+            spared = min(2 * self._api.budget.seconds_of_one, self._seconds / 2)
+            await anyio.sleep(max(renewal_seconds(self._seconds), spared))
             await self.renew()
 
     async def renew(self) -> None:
@@ -68,7 +71,7 @@ class LeaseHolder:
         self._count += 1
         value = _identity.lease(self._run.run_count, self._count)
         try:
-            with anyio.move_on_after(renewal_seconds(self._seconds)):
+            with anyio.move_on_after(renewal_seconds(self._seconds)), priority(Priority.LIFE):
                 await self._api.label(self._run.id, {_identity.LEASE: value})
         except Exception:
             logger.debug("Could not renew the lease of %s", self._run.id, exc_info=True)

@@ -68,7 +68,7 @@ def judge(
         silence: Seconds for which a run has given no sign of life.
     """
     labels = run.labels
-    if labels.get(_identity.DETACHED) or not _identity.is_ours(labels, run.idempotency_key):
+    if labels.get(_identity.DETACHED) or not _identity.is_ours(run):
         return None
     parent_id = UUID(str(labels[_identity.PARENT]))
     parent = known.get(parent_id)
@@ -135,7 +135,7 @@ async def find_orphans(api: Orchestrator, leases: LeaseReader) -> Findings:
         leases: What remembers for how long leases have stood still.
     """
     live = await api.read_tagged(_identity.COMMON_TAG, live_only=True)
-    ours = [run for run in live if _identity.is_ours(run.labels, run.idempotency_key)]
+    ours = [run for run in live if _identity.is_ours(run)]
     above = {run_id for run in ours for run_id in _identity.runs_above(run.labels)}
     known = {run.id: run for run in await api.read_runs(above)} if above else {}
     terms = {

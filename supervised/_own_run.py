@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import anyio
 
-from supervised import _identity
+from supervised import _clock, _identity
+from supervised._budget import Priority, priority
 from supervised._log import get_logger
 from supervised._policy import parent_reason
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 logger = get_logger("prefect.supervised")
 
 _RECHECK_SECONDS = 2.0
+_FRESH_SECONDS = 1.0
 
 
 class OwnRun:
@@ -54,6 +57,11 @@ class OwnRun:
         """What the run's state says of its cancellation; `None` if there is none."""
         self.lost: CancelReason | None = None
         """Why the run has to end though nobody cancelled it: something above it is gone."""
+        self.is_superseded = False
+        """Whether a later attempt of the run has begun elsewhere, to whom the children belong."""
+        self._attempt = run.run_count
+        self._checked = -math.inf
+        self._checking = anyio.Lock()
         self.delegate_to: UUID | None = None
         """The ancestor whose own teardown covers this whole tree, if one cancels the run."""
 
@@ -91,11 +99,37 @@ class OwnRun:
         except Exception:
             logger.debug("Could not read the run's own state", exc_info=True)
             return False
+        self._note_attempt(run)
         return self._note(run.state)
 
-    def _on_change(self, run: FlowRun) -> None:
-        if run.run_count > self._run.run_count:
+    async def check_superseded(self, api: Orchestrator) -> bool:
+        """Tell whether a later attempt has begun, having read the run a second ago at most.
+
+        Raises:
+            Exception: If the server does not tell. Then nothing may be launched or cancelled.
+        """
+        wanted = _clock.monotonic()
+        async with self._checking:
+            if not self.is_superseded and wanted - self._checked > _FRESH_SECONDS:
+                asked = _clock.monotonic()
+                with priority(Priority.TEARDOWN):
+                    for run in await api.read_runs([self._run.id]):
+                        self._note_attempt(run)
+                self._checked = asked
+            return self.is_superseded
+
+    def _note_attempt(self, run: FlowRun) -> None:
+        policy = run.empirical_policy
+        if policy is not None and policy.resuming:
+            # A resume in this very process after `pause_flow_run`: the server counts it as one
+            # more attempt. One elsewhere, after a suspension, has cleared the flag by then.
+            self._attempt = max(self._attempt, run.run_count)
+        if run.run_count > self._attempt and not self.is_superseded:
+            self.is_superseded = True
             self._on_superseded()
+
+    def _on_change(self, run: FlowRun) -> None:
+        self._note_attempt(run)
         if self.cancellation is None and not self._is_over and self._note(run.state):
             self._on_cancelled()
 

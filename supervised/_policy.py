@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 from prefect.client.schemas.objects import StateType
@@ -22,10 +22,11 @@ from supervised._types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from prefect.client.schemas.objects import FlowRun, State
 
+T = TypeVar("T")
 _SOURCES: Mapping[Cause, Source] = {
     "completed": "parent_completed",
     "failed": "parent_failed",
@@ -82,8 +83,32 @@ def check_seconds(name: str, value: float | None, *, least: float = 0.0) -> floa
     Raises:
         ValueError: If it is less than *least*, or not finite.
     """
-    if value is not None and (value < least or not math.isfinite(value)):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and least <= value < math.inf):
         raise ValueError(f"{name} must be a number of seconds, {least:g} or more; got {value!r}")
+    return value
+
+
+def check_limit(name: str, value: int | None) -> int | None:
+    """Return *value* if it is a usable limit, or `None`.
+
+    Raises:
+        ValueError: If it is not a whole number of 1 or more.
+    """
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_whole and value >= 1):
+        raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: T, known: Sequence[T]) -> T:
+    """Return *value* if it is one of those that there are.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in known:
+        raise ValueError(f"{name}: {value!r} is none; use {', '.join(map(str, known))}")
     return value
 
 

@@ -14,6 +14,7 @@ import anyio
 
 from supervised import _identity
 from supervised._api import open_orchestrator
+from supervised._budget import Priority, priority
 from supervised._log import get_logger, run_logger
 from supervised._policy import Budget, parent_reason
 from supervised._teardown import Teardown
@@ -71,9 +72,10 @@ async def reap_below(
         can_wait=False,
         spares=spares,
     )
-    if not await teardown.finds_something():
-        return None
-    return await teardown.run()
+    with priority(Priority.TEARDOWN):
+        if not await teardown.finds_something():
+            return None
+        return await teardown.run()
 
 
 def end_what_is_left(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

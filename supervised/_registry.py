@@ -44,11 +44,7 @@ class Registry:
             DuplicateKeyError: If *key* stands for other work already.
         """
         with self._lock:
-            if self._banned is not None:
-                raise ScopeClosedError(
-                    f"Nothing can be spawned in '{self._scope}' any more: {self._banned}. "
-                    "Spawn before the flow ends, and not from its cleanup."
-                )
+            self.require_open()
             if key is None:
                 key = self._next_key(work)
             elif (known := self._children.get(key)) is not None:
@@ -64,6 +60,18 @@ class Registry:
             self._work[key] = work
             self._live += 1
             return child, True
+
+    def require_open(self) -> None:
+        """Refuse anything new if the scope is over or being torn down.
+
+        Raises:
+            ScopeClosedError: If it is.
+        """
+        if self._banned is not None:
+            raise ScopeClosedError(
+                f"Nothing can be spawned in '{self._scope}' any more: {self._banned}. "
+                "Spawn before the flow ends, and not from its cleanup."
+            )
 
     def _next_key(self, work: str) -> str:
         while True:

@@ -18,14 +18,19 @@ import attrs
 from prefect.exceptions import Abort, CancelledRun, Pause, TerminationSignal
 from prefect.states import Cancelled
 
-from supervised import _clock, _compat, _inline, _telemetry
+from supervised import _clock, _inline, _telemetry
+from supervised import _compat as compat
 from supervised._context import current_child, current_supervisor, ended_supervisor
 from supervised._control import SLICE_SECONDS, wait_in_slices
-from supervised._errors import ChildCancelled, ScopeClosedError, TeardownError
+from supervised._errors import (
+    ChildCancelled,
+    ScopeClosedError,
+    TeardownError,
+)
 from supervised._policy import HARD_CAUSES, parent_reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 
     from supervised._supervisor import Supervisor
     from supervised._types import Cause
@@ -38,6 +43,7 @@ except ImportError:  # Python 3.10
 # What a teardown may take beyond its grace: one last read, and the report.
 _SLACK_SECONDS = 5.0
 _CLOSE_SECONDS = 3.0
+_LOAD_SECONDS = 10.0
 
 
 def run_sync(supervisor: Supervisor, body: Callable[[], Any]) -> Any:
@@ -173,6 +179,7 @@ def _async_thrower(
 @contextlib.contextmanager
 def _entered(supervisor: Supervisor) -> Iterator[None]:
     outer = supervisor.outer
+    supervisor.arm_deadline()
     if outer is None:
         supervisor.link()
         try:
@@ -195,7 +202,7 @@ def _entered(supervisor: Supervisor) -> Iterator[None]:
 def _current(supervisor: Supervisor) -> Iterator[None]:
     token = current_supervisor.set(supervisor)
     try:
-        with _telemetry.in_trace_of(supervisor.flow_run.labels, _compat.TRACEPARENT_LABEL):
+        with _telemetry.in_trace_of(supervisor.flow_run.labels, compat.TRACEPARENT_LABEL):
             yield
     finally:
         current_supervisor.reset(token)
@@ -334,6 +341,10 @@ def _leave_sync(supervisor: Supervisor, result: Any, exc: BaseException | None) 
                 leaving.interrupted_by(interrupt)
         if leaving.is_given_up or not supervisor.launched_since_teardown:
             break
+    try:
+        _tidy_sync(leaving)
+    except BaseException as interrupt:
+        leaving.interrupted_by(interrupt)
     return _conclude_sync(leaving, result)
 
 
@@ -353,7 +364,31 @@ async def _leave_async(supervisor: Supervisor, result: Any, exc: BaseException |
         await _wait_shielded(leaving, teardown, functools.partial(leaving.gives_up, deadline))
         if leaving.is_given_up or not supervisor.launched_since_teardown:
             break
+    try:
+        await _tidy_async(leaving)
+    except asyncio.CancelledError as interrupt:
+        leaving.interrupted_by(interrupt)
     return await _conclude_async(leaving, result)
+
+
+def _tidy_sync(leaving: _Exit) -> None:
+    """See what must be seen while the control plane is there."""
+    if leaving.cause is None:
+        for child in leaving.supervisor.end_processes():
+            child.wait(leaving.supervisor.grace_seconds)
+    for child in leaving.supervisor.unheard:
+        child.load_exception()
+
+
+async def _tidy_async(leaving: _Exit) -> None:
+    """See what must be seen while the control plane is there."""
+    if leaving.cause is None:
+        with anyio.CancelScope(shield=True):
+            for child in leaving.supervisor.end_processes():
+                await child.wait_async(leaving.supervisor.grace_seconds)
+    with anyio.move_on_after(_LOAD_SECONDS, shield=True):
+        for child in leaving.supervisor.unheard:
+            await child.aload_exception()
 
 
 async def _wait_shielded(
@@ -382,7 +417,7 @@ class _Deadline:
     def is_over(self, supervisor: Supervisor) -> bool:
         if supervisor.is_waiting:
             self._at = _clock.monotonic() + self._seconds
-        return _clock.monotonic() > self._at
+        return _clock.monotonic() > self._at + supervisor.seconds_to_ask
 
 
 def _conclude_sync(leaving: _Exit, result: Any) -> Any:
@@ -394,7 +429,7 @@ def _conclude_sync(leaving: _Exit, result: Any) -> Any:
         hooks = _inline.run_cancellation_hooks(
             leaving.supervisor.flow, leaving.supervisor.flow_run, verdict.cancelled
         )
-        _compat.run_coroutine(hooks)
+        compat.run_coroutine(hooks)
     return verdict.unwrap()
 
 
@@ -462,14 +497,18 @@ def _judge(leaving: _Exit, result: Any) -> _Verdict:
     if _is_interrupt(exc) and not _answers_interrupt(leaving):
         return _Verdict(exc=exc)
     errors = _errors(supervisor, exc)
+    timeout = supervisor.timed_out
     if not errors:
-        return _Verdict(result=result, exc=exc)
-    if len(errors) == 1 and errors[0] is exc:
-        return _Verdict(exc=exc)
-    name = supervisor.flow.name
-    group = ExceptionGroup(f"{len(errors)} failure(s) in supervised flow '{name}'", errors)
-    group.__cause__ = exc if exc not in errors else None
-    return _Verdict(exc=group)
+        return _Verdict(result=result, exc=timeout or exc)
+    if len(errors) == 1 and (errors[0] is exc or timeout is not None):
+        error = errors[0]
+    else:
+        name = supervisor.flow.name
+        error = ExceptionGroup(f"{len(errors)} failure(s) in supervised flow '{name}'", errors)
+        error.__cause__ = exc if exc not in errors else None
+    if timeout is not None:
+        timeout.__cause__ = error  # not in its place: by its type the engine knows a timeout
+    return _Verdict(exc=timeout or error)
 
 
 def _cancellation(leaving: _Exit) -> str | None:
@@ -481,7 +520,7 @@ def _cancellation(leaving: _Exit) -> str | None:
         return None
     if supervisor.own.cancellation is not None:
         return supervisor.own.cancellation
-    if _answers_interrupt(leaving) and not supervisor.failures:
+    if _answers_interrupt(leaving) and not supervisor.failures and not supervisor.timed_out:
         return "Cancelled together with its parent"
     return None
 
@@ -533,18 +572,25 @@ def _errors(supervisor: Supervisor, exc: BaseException | None) -> list[Exception
     """Return what the scope has to raise, the body's own exception first."""
     errors = [child.error(child.exception) for child in supervisor.failures if not child.delivered]
     raised: list[Exception] = [error for error in errors if isinstance(error, Exception)]
+    lost = [race.error() for race in supervisor.lost_races]
+    raised += [error for error in lost if isinstance(error, Exception)]
     report = supervisor.report
     if report is not None and not report.ok:
         raised.append(TeardownError(report))
-    if isinstance(exc, Exception) and not (raised and _is_consequence(exc)):
+    has_failed = bool(raised) or supervisor.timed_out is not None
+    if isinstance(exc, Exception) and not (has_failed and _is_consequence(exc)):
         raised.insert(0, exc)
     return raised
 
 
 def _is_consequence(exc: Exception) -> bool:
     """Whether the body's exception only tells that the scope was already failing."""
+    if isinstance(exc, ExceptionGroup):
+        members: Sequence[Exception] = exc.exceptions  # type: ignore[attr-defined,unused-ignore]
+        return all(_is_consequence(each) for each in members)
     if isinstance(exc, ChildCancelled):
-        return exc.reason is not None and exc.reason.source == "sibling_failed"
+        consequences = {"sibling_failed", "parent_timed_out"}
+        return exc.reason is not None and exc.reason.source in consequences
     return isinstance(exc, (ScopeClosedError, CancelledRun))
 
 

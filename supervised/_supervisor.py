@@ -12,10 +12,11 @@ import concurrent.futures
 import contextvars
 import functools
 import logging
+import math
 import os
 import threading
 import time
-from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import attrs
@@ -24,81 +25,85 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.flows import Flow
 from prefect.utilities.engine import collect_task_run_inputs_sync
 
-from supervised import _clock, _compat, _identity, _launch, _telemetry
+from supervised import _clock, _identity, _join, _launch, _telemetry
+from supervised import _compat as compat
 from supervised._body import Body
+from supervised._budget import Priority, priority
 from supervised._child import Child
 from supervised._context import current_supervisor
-from supervised._errors import NoSupervisorError, ParametersError
-from supervised._host import Host, current_host
-from supervised._inline import InlineRun
+from supervised._errors import (
+    DuplicateKeyError,
+    InvalidTargetError,
+    NoSupervisorError,
+    ParametersError,
+    ScopeClosedError,
+    ScopeTimeoutError,
+)
+from supervised._finalizers import Finalizer, Finalizers
+from supervised._host import current_host
+from supervised._join import Children, Joiners
 from supervised._lease import LeaseHolder
+from supervised._lifecycle import Lifecycle, Services, open_services
 from supervised._link import Link
 from supervised._log import get_logger, run_logger
 from supervised._own_run import OwnRun
 from supervised._policy import (
     HARD_CAUSES,
-    LEAVING,
     Budget,
     breaks_scope,
+    check_choice,
+    check_limit,
     check_seconds,
     parent_reason,
     resolve_on_parent,
     without_detach,
 )
-from supervised._reap import reap_below
 from supervised._registry import Registry, describe_ban
+from supervised._restart import Restart, check_restart
+from supervised._slots import SlotPool
 from supervised._teardown import Teardown
 from supervised._types import (
+    ISOLATIONS,
+    REUSES,
     Action,
     CancelReason,
     Cause,
     FlowLike,
+    Isolation,
+    Kind,
     OnParent,
+    Reuse,
     ScopeOptions,
     SpawnOptions,
     TeardownReport,
 )
-from supervised._watch import Watcher, open_watcher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
+    from prefect.futures import PrefectFuture
     from typing_extensions import Unpack
 
-    from supervised._api import Orchestrator
     from supervised._control import Plane
 
 logger = get_logger("prefect.supervised")
 
 R = TypeVar("R")
+T = TypeVar("T")
 _RUNNER_SECONDS = 5.0  # how long a runner has to signal a body whose run is being cancelled
 
 
-@attrs.frozen
-class Services:
-    """What the control plane opens once for all scopes."""
-
-    api: Orchestrator
-    watcher: Watcher
-
-
-@asynccontextmanager
-async def open_services(host: Host) -> AsyncIterator[Services]:
-    """Open the client and the watcher of a control plane."""
-    async with host.open_orchestrator() as api, open_watcher(api) as watcher:
-        yield Services(api, watcher)
-
-
-class Supervisor:
+class Supervisor(Joiners):
     """The supervisor of the current flow run; reached through `supervised.supervisor`."""
 
     def __init__(
         self, options: ScopeOptions, flow: Flow[..., Any], context: FlowRunContext
     ) -> None:
+        super().__init__()
         assert context.flow_run is not None
-        self._options = options
+        self.options = options
         self._flow = flow
         self._context = context
         self._run = context.flow_run
@@ -108,9 +113,9 @@ class Supervisor:
         self._started_ns = time.time_ns()
         self._lock = threading.RLock()
         self._registry = Registry(flow.name)
+        self._lives = Lifecycle(self, self._registry)
         self._plane: Plane[Services] | None = None
         self._span: _telemetry.SupervisorSpan | None = None
-        self._launcher: _launch.Launcher | None = None
         self._ending: tuple[Cause, CancelReason] | None = None
         self._teardown: concurrent.futures.Future[None] | None = None
         self._tearing: Teardown | None = None
@@ -121,13 +126,18 @@ class Supervisor:
         self._is_completing = False
         self._launches_seen = (0, 0)
         self.lineage = self._find_lineage()
+        limit = options.deadline_seconds
+        self._own_deadline = math.inf if limit is None else self._started + limit
+        self._deadline = self._own_deadline
+        self.timed_out: ScopeTimeoutError | None = None
         self.own = OwnRun(
-            self._run, self.lineage, flow.name, self._on_own_cancellation, self._drop_lease
+            self._run, self.lineage, flow.name, self._on_own_cancellation, self._on_superseded
         )
         self._link = Link(self._run, self._on_lost) if self._is_launched_child else None
         self._lease: LeaseHolder | None = None
         self.failures: list[Child[Any]] = []
-        self._last_words: dict[str, concurrent.futures.Future[None]] = {}  # of detached children
+        self._pool = SlotPool()
+        self._finalizers = Finalizers()
         self._closed = False
         self._released = False
         self.body = Body()
@@ -191,6 +201,10 @@ class Supervisor:
         scheduled_time: datetime | None = None,
         timeout_seconds: float | None = None,
         on_parent: OnParent | None = None,
+        restart: Restart | None = None,
+        after: Sequence[Child[Any]] | None = None,
+        reuse: Reuse = "never",
+        isolation: Isolation = "none",
     ) -> Child[Any]:
         """Launch a child that this run will not leave behind, and return its handle at once.
 
@@ -216,6 +230,16 @@ class Supervisor:
                 for every cause, or a mapping from some of *completed*, *failed*, *timed_out*,
                 *cancelled*, *crashed*. Defaults to the decorator's, which waits for completion
                 and cancels for everything else.
+            restart: Limits within which it is restarted if it fails or crashes; the decorator's
+                by default, which are shared with the other children.
+            after: Children that have to complete first. It begins when they have, and is
+                cancelled if one of them ends otherwise.
+            reuse: What to do if an earlier attempt of this run has completed the same work under
+                the same key: *never* runs it again (default), *completed* takes its result, if
+                that was persisted. One that is still alive is taken over in any case.
+            isolation: *process* runs a flow in a process of its own, which is sent SIGTERM, and
+                SIGKILL if it ignores that; *none* runs it in this one (default). A deployment has
+                a process anyway. What goes in and comes out is pickled.
 
         Returns:
             The child's handle: `await child`, `child.result()`, `child.cancel()`.
@@ -224,7 +248,9 @@ class Supervisor:
             InvalidTargetError: If *target* is neither a flow nor names a deployment.
             DuplicateKeyError: If *key* stands for other work already.
             ScopeClosedError: If the scope is over or being torn down.
-            ValueError: If *timeout_seconds* is negative or *on_parent* is not understood.
+            SpawnError: If an option is not of its type.
+            ValueError: If *timeout_seconds* is negative, *scheduled_time* has no time zone, or
+                *on_parent* is not understood.
 
         Example:
             ```python
@@ -234,35 +260,61 @@ class Supervisor:
                 return [await part for part in parts]
             ```
         """
+        options = SpawnOptions(
+            name=name,
+            key=key,
+            tags=tags,
+            job_variables=job_variables,
+            work_queue_name=work_queue_name,
+            scheduled_time=scheduled_time,
+            timeout_seconds=timeout_seconds,
+            on_parent=on_parent,
+            restart=restart,
+            after=after,
+            reuse=reuse,
+            isolation=isolation,
+        )
+        return self._spawn(target, parameters, self._pool, options)
+
+    def _spawn(
+        self,
+        target: FlowLike[Any] | Flow[..., Any] | str | UUID,
+        parameters: Mapping[str, Any] | None,
+        pool: SlotPool,
+        options: SpawnOptions,
+    ) -> Child[Any]:
         self._require_own_process()
         checked = _launch.check_target(target)
-        check_seconds("timeout_seconds", timeout_seconds)
         label = _launch.target_name(checked)
+        _launch.check_options(label, options)
+        name, timeout_seconds = options.get("name"), options.get("timeout_seconds")
         given = _launch.freeze_parameters(checked, parameters)
-        all_tags = (*_launch.ambient_tags(checked), *_launch.check_tags(label, tags))
+        all_tags = (*_launch.ambient_tags(checked), *_launch.check_tags(label, options.get("tags")))
         task_inputs = _task_inputs(label, given, self._run.id)
-        policy = self._policy_for(checked, on_parent)
+        policy = self._policy_for(checked, options.get("on_parent"))
+        restart = check_restart(options.get("restart"))
+        after = _join.check(options.get("after") or ())
+        reuse = check_choice("reuse", options.get("reuse", "never"), REUSES)
+        kind = _kind_of(
+            checked, check_choice("isolation", options.get("isolation", "none"), ISOLATIONS)
+        )
         if (ending := self._nearest_ending()) is not None:
             self._registry.ban(describe_ban(ending))
 
         def make(final_key: str) -> Child[Any]:
-            return Child(
+            return self._make_child(
                 name=name or label,
-                kind="inline" if isinstance(checked, Flow) else "deployment",
+                kind=kind,
                 key=final_key,
                 target=label,
                 on_parent=policy,
-                on_done=self._on_child_done,
-                on_settled=self._on_child_settled,
-                ask_cancel=self._cancel_child,
-                ask_detach=self._detach_child,
                 timeout_seconds=timeout_seconds,
                 run_name=name,
-                home_loop=self._loop_of(checked),
+                home_loop=self._loop_of(checked) if kind == "inline" else None,
             )
 
         work = _identity.default_key(label, given, code=_launch.code_of(checked))
-        child, is_new = self._registry.admit(key=key, work=work, make=make)
+        child, is_new = self._registry.admit(key=options.get("key"), work=work, make=make)
         if is_new:
             spec = _launch.LaunchSpec(
                 target=checked,
@@ -273,19 +325,219 @@ class Supervisor:
                 task_inputs=task_inputs,
                 context=contextvars.copy_context(),
                 home_loop=self.body.loop,
-                lease_seconds=self._options.lease_seconds,
-                scheduled_time=scheduled_time,
-                work_queue_name=work_queue_name,
-                job_variables=job_variables,
+                lease_seconds=self.options.lease_seconds,
+                pool=pool,
+                scheduled_time=options.get("scheduled_time"),
+                work_queue_name=options.get("work_queue_name"),
+                job_variables=options.get("job_variables"),
+                restart=restart,
+                after=after,
+                seconds_left=lambda: self.seconds_left,
+                work=work,
+                reuse=reuse,
             )
-            try:
-                self._start(child, spec)
-            except BaseException as exc:
-                child.settle("failed", exception=exc)  # or the scope would wait for it
-                raise
-            if self._is_completing:
-                self._complete(child)
+            self._begin(child, lambda: self._lives.start(child, spec))
         return child
+
+    def _make_child(self, **given: Any) -> Child[Any]:
+        return Child(
+            on_done=self._on_child_done,
+            on_settled=self._lives.settled,
+            on_attempt_over=self._lives.attempt_over,
+            ask_cancel=self._lives.cancel,
+            ask_detach=self._lives.detach,
+            **given,
+        )
+
+    def _begin(self, child: Child[Any], begin: Callable[[], object]) -> None:
+        try:
+            begin()
+        except BaseException as exc:
+            child.settle("failed", exception=exc)  # or the scope would wait for it
+            raise
+        if self._is_completing:
+            self._lives.complete(child)
+
+    def adopt(
+        self,
+        target: UUID | str | FlowRun | PrefectFuture[R],
+        *,
+        name: str | None = None,
+        key: str | None = None,
+        timeout_seconds: float | None = None,
+        on_parent: OnParent | None = None,
+    ) -> Child[R]:
+        """Take over a run that somebody else has launched; from then on it is a child like others.
+
+        For a plain `run_deployment(timeout=0)`, the future of a `flow.submit()`, or the run of
+        another tool. Its tags and labels say on the server that it is ours now.
+
+        Args:
+            target: The run, its id, or a future of it.
+            name: Name of the child; the run's id by default.
+            key: Identity of the work within this run; made from the run's id by default.
+            timeout_seconds: Seconds from now after which the child is cancelled with outcome
+                *timed_out*; `None` for no limit.
+            on_parent: What the end of this run does to the child; see `spawn`.
+
+        Returns:
+            The child's handle. If there is no such run, or another supervisor looks after it,
+            that is its outcome.
+
+        Raises:
+            InvalidTargetError: If *target* is none of these, or the run is this one, or above it.
+            DuplicateKeyError: If *key* stands for other work already.
+            ScopeClosedError: If the scope is over or being torn down.
+            ValueError: If *timeout_seconds* is negative or *on_parent* is not understood.
+
+        Example:
+            ```python
+            run = await arun_deployment("score/gpu", timeout=0)
+            child = supervisor.adopt(run)
+            ```
+        """
+        self._require_own_process()
+        run_id = _launch.check_run(target)
+        if run_id in self.lineage.path:
+            raise InvalidTargetError(f"Run {run_id} cannot adopt itself, or a run above it.")
+        check_seconds("timeout_seconds", timeout_seconds)
+        policy = resolve_on_parent(on_parent, self.options.on_parent)
+
+        def make(final_key: str) -> Child[Any]:
+            return self._make_child(
+                name=name or str(run_id),
+                kind="adopted",
+                key=final_key,
+                target=str(run_id),
+                on_parent=policy,
+                timeout_seconds=timeout_seconds,
+            )
+
+        for known in self._registry.all():
+            if known.flow_run_id == run_id or known.target == str(run_id):
+                return self._adopted_before(known, key)
+        own_key = key or f"adopted:{run_id}"
+        child, is_new = self._registry.admit(key=own_key, work=str(run_id), make=make)
+        if is_new:
+            self._begin(child, lambda: self._lives.adopt(child, run_id))
+        return child
+
+    def _adopted_before(self, known: Child[Any], key: str | None) -> Child[Any]:
+        if key is not None and key != known.key:
+            raise DuplicateKeyError(
+                f"Run {known.flow_run_id} is child {known.name!r} already, with the key "
+                f"{known.key!r}. Adopt it under that key, or under none.",
+                child=known.name,
+            )
+        return known
+
+    @overload
+    def map(
+        self,
+        target: Flow[..., Coroutine[Any, Any, R]],
+        parameters: Iterable[Mapping[str, Any]],
+        *,
+        max_concurrent: int | None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Children[R]: ...
+
+    @overload
+    def map(
+        self,
+        target: FlowLike[R],
+        parameters: Iterable[Mapping[str, Any]],
+        *,
+        max_concurrent: int | None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Children[R]: ...
+
+    @overload
+    def map(
+        self,
+        target: str | UUID,
+        parameters: Iterable[Mapping[str, Any]],
+        *,
+        max_concurrent: int | None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Children[Any]: ...
+
+    def map(
+        self,
+        target: FlowLike[Any] | Flow[..., Any] | str | UUID,
+        parameters: Iterable[Mapping[str, Any]],
+        *,
+        max_concurrent: int | None = None,
+        **options: Unpack[SpawnOptions],
+    ) -> Children[Any]:
+        """Spawn one child for each set of parameters, and return their handles at once.
+
+        Args:
+            target: What to spawn; see `spawn`.
+            parameters: The parameters of each child.
+            max_concurrent: How many of them are launched and not over at any one time; no limit
+                of their own by default. The decorator's limit holds besides, and is shared fairly
+                with other calls.
+            **options: Options of `spawn`, for each of them; a *key* or *name* gets the child's
+                position appended.
+
+        Returns:
+            A list of children: `await children` and `children.result()` give all results.
+
+        Raises:
+            ValueError: If *max_concurrent* is not a whole number of 1 or more.
+            TypeError: If an option is unknown.
+
+        Example:
+            ```python
+            scores = await supervisor.map("score/gpu", [{"part": i} for i in range(40)])
+            ```
+        """
+        if unknown := options.keys() - SpawnOptions.__annotations__.keys():
+            raise TypeError(f"map() got unexpected options: {', '.join(sorted(unknown))}")
+        pool = SlotPool(check_limit("max_concurrent", max_concurrent))
+        made: Children[Any] = Children()
+        for position, given in enumerate(parameters):
+            made.append(self._spawn(target, given, pool, _numbered(options, position)))
+        return made
+
+    def on_teardown(self, callback: Callable[..., object], *args: Any, **kwargs: Any) -> Finalizer:
+        """Have something called when the scope is torn down: what Prefect cannot end for you.
+
+        Callbacks are called once, the last added first, side by side with the children's end and
+        within the same grace; what they raise is in the report. A body that returns is not torn
+        down, and ends what it began itself. So does a process that is killed: nobody calls then.
+
+        Args:
+            callback: A function or a coroutine function, called in a thread of its own, where a
+                coroutine function gets a loop of its own: not the body's.
+            *args: Its arguments.
+            **kwargs: Its arguments by name.
+
+        Returns:
+            A handle; `remove()` takes the callback off.
+
+        Raises:
+            TypeError: If *callback* cannot be called.
+            ScopeClosedError: If the scope is over or being torn down.
+
+        Example:
+            ```python
+            query = warehouse.submit("select ...")
+            finalizer = supervisor.on_teardown(query.cancel)
+            query.wait()
+            finalizer.remove()
+            ```
+        """
+        self._require_own_process()
+        self._registry.require_open()
+        finalizer = self._finalizers.add(callback, args, kwargs)
+        try:
+            self._registry.require_open()  # or the teardown may have called all there were
+        except ScopeClosedError:
+            finalizer.remove()
+            raise
+        self.engage()
+        return finalizer
 
     def cancel(self, reason: str | None = None) -> None:
         """Cancel every child, with all that they launched, and return at once.
@@ -327,13 +579,19 @@ class Supervisor:
     @property
     def launched_plainly(self) -> bool:
         """Whether the body called plain `run_deployment`, or a plain flow that may have."""
-        deployments, flows = _compat.plain_launches(self._context)
+        deployments, flows = compat.plain_launches(self._context)
         return deployments > 0 or flows > len(self.harmless_calls)
 
     @property
     def launched_since_teardown(self) -> bool:
         """Whether the body has called plain `run_deployment`, or a flow, since it was torn down."""
-        return _compat.plain_launches(self._context) != self._launches_seen
+        return compat.plain_launches(self._context) != self._launches_seen
+
+    @property
+    def unheard(self) -> list[Child[Any]]:
+        """The children whose failures nobody has asked about: the scope's end tells of them."""
+        failed = [child for child in self.failures if not child.delivered]
+        return failed + [child for race in self.lost_races for child in race.losers]
 
     def owns(self, child: Child[Any]) -> bool:
         """Whether this scope spawned the child."""
@@ -345,9 +603,14 @@ class Supervisor:
         return os.getpid() == self._pid
 
     @property
+    def seconds_to_ask(self) -> float:
+        """What the present teardown may take on top of the grace, because its tree is large."""
+        return self._tearing.seconds_to_ask if self._tearing is not None else 0.0
+
+    @property
     def grace_seconds(self) -> float:
         """Seconds that a whole teardown may take."""
-        return self._options.grace_seconds
+        return self.options.grace_seconds
 
     @property
     def ending(self) -> tuple[Cause, CancelReason] | None:
@@ -366,14 +629,32 @@ class Supervisor:
             if self._teardown is not None and not self._is_outdated(self._teardown):
                 self._hurry(cause, reason)
                 return self._teardown
-            self._launches_seen = _compat.plain_launches(self._context)
+            self._launches_seen = compat.plain_launches(self._context)
             self._ending = (cause, reason)
+            self._tearing = None
             self._registry.ban(describe_ban(reason))
-            self._teardown = self._engage().submit(self._tear_down)
+            self._teardown = self.engage()[0].submit(self._tear_down)
+            self._teardown.add_done_callback(self._note_teardown)
+        self._lives.stop_restarts()
         for inner in list(self.nested):
             if inner.is_engaged:
                 inner.begin_teardown("cancelled", reason)
         return self._teardown
+
+    def _note_teardown(self, teardown: concurrent.futures.Future[None]) -> None:
+        """Tell of a teardown that broke down, and of what it may have left alive."""
+        if teardown.cancelled() or (exc := teardown.exception()) is None:
+            return
+        self._logger.error("The teardown itself failed", exc_info=exc)
+        self.log_given_up()
+        for child in self._registry.live():
+            child.settle("abandoned")
+
+    def end_nested(self, run_id: UUID | None, reason: CancelReason) -> None:
+        """Tear down the scope of an inline child's own run."""
+        for inner in list(self.nested):
+            if inner.flow_run_id == run_id and inner.is_engaged:
+                inner.begin_teardown("cancelled", reason)
 
     def _is_outdated(self, teardown: concurrent.futures.Future[None]) -> bool:
         """Whether a body that went on after a teardown has launched something plainly."""
@@ -386,12 +667,14 @@ class Supervisor:
 
     def _hurry(self, cause: Cause, reason: CancelReason) -> None:
         """Let a harder end overtake a teardown that is still waiting for children."""
-        if cause not in HARD_CAUSES or self._plane is None:
+        if cause not in {*HARD_CAUSES, "timed_out"} or self._plane is None:
             return
 
         async def hurry(_: Services) -> None:
             if self._tearing is not None:
                 self._tearing.hurry(cause, reason)
+            else:
+                self._ending = (cause, reason)
 
         self._plane.submit(hurry)
 
@@ -399,18 +682,19 @@ class Supervisor:
         """Apply `on_parent` for a body that returned to the children that are not waited for."""
         self._is_completing = True
         for child in self._registry.live():
-            self._complete(child)
-
-    def _complete(self, child: Child[Any]) -> None:
-        action = child.on_parent["completed"]
-        if action == "cancel":
-            self._cancel_child(child, parent_reason("completed", self._flow.name))
-        elif action == "detach":
-            child.detach()
+            self._lives.complete(child)
 
     def seal(self) -> bool:
         """Admit no more children, unless there are live ones to wait for."""
         return self._registry.ban_if_settled("the flow has ended")
+
+    def end_processes(self) -> list[Child[Any]]:
+        """End the children in processes of ours: the run goes on elsewhere and begins them anew."""
+        message = f"its parent '{self._flow.name}' was suspended or rescheduled"
+        ended = [child for child in self._registry.live() if child.kind == "process"]
+        for child in ended:
+            child.cancel_because(CancelReason(source="parent_suspended", message=message))
+        return ended
 
     def log_given_up(self) -> None:
         """Name what may still be alive when the body's side stops waiting for the teardown."""
@@ -432,11 +716,30 @@ class Supervisor:
             self._closed = True
             return True
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline of this scope or of one around it; `None` without any."""
+        scope: Supervisor | None = self
+        deadline = math.inf
+        while scope is not None:
+            deadline, scope = min(deadline, scope._deadline), scope.outer
+        return None if math.isinf(deadline) else max(0.0, deadline - _clock.monotonic())
+
+    def arm_deadline(self) -> None:
+        """Begin to count the time that the scope has, if that is limited."""
+        inherited = _identity.deadline_seconds_of(self._run.labels) if self._link else None
+        if self.options.deadline_seconds is None and inherited is None:
+            return
+        if inherited is not None:
+            self._deadline = min(self._deadline, self._started + inherited)  # at most
+        plane, _ = self.engage()
+        plane.submit(lambda services: self._count_down(services, inherited))
+
     def link(self) -> None:
         """Begin to watch the run that launched this one, if a supervisor did."""
         if self.outer is None and _identity.LEASE in self._run.labels:
             # An earlier attempt has left children, who count on a sign of life.
-            self._acquire().submit(self._hold_lease)
+            self._acquire().submit(self.hold_lease)
         if self._link is None:
             return
         link = self._link
@@ -473,7 +776,17 @@ class Supervisor:
 
     # -- the control plane's side ----------------------------------------------------------------
 
-    def _engage(self) -> Plane[Services]:
+    @property
+    def plane(self) -> Plane[Services] | None:
+        """The control plane, once something has needed it."""
+        return self._plane
+
+    @property
+    def is_torn_down(self) -> bool:
+        """Whether this very scope is being torn down, or was."""
+        return self._ending is not None
+
+    def engage(self) -> tuple[Plane[Services], _telemetry.SupervisorSpan]:
         """Start supervising: called by the first spawn, and by a teardown without any.
 
         The scopes around this one start as well: what is spawned here is below their runs too,
@@ -488,16 +801,18 @@ class Supervisor:
                     flow_name=self._flow.name,
                     flow_run_id=str(self._run.id),
                     function=f"{self._flow.fn.__module__}.{self._flow.fn.__qualname__}",
-                    on_child_failure=self._options.on_child_failure,
-                    grace_seconds=self._options.grace_seconds,
-                    context=_telemetry.current_context(self._run.labels, _compat.TRACEPARENT_LABEL),
+                    on_child_failure=self.options.on_child_failure,
+                    grace_seconds=self.options.grace_seconds,
+                    context=_telemetry.current_context(self._run.labels, compat.TRACEPARENT_LABEL),
                     start_ns=self._started_ns,
                 )
                 if self._link is None:
                     plane.submit(self._watch)
+                if self.options.requests_per_minute is not None:
+                    plane.submit(self._limit_requests)
                 if self.outer is None:
                     self.body.listen()
-            return plane
+            return plane, self._span
 
     def _acquire(self) -> Plane[Services]:
         with self._lock:
@@ -508,84 +823,7 @@ class Supervisor:
     def _engage_if_open(self) -> None:
         with self._lock:
             if not self._closed:
-                self._engage()
-
-    def _start(self, child: Child[Any], spec: _launch.LaunchSpec) -> None:
-        plane = self._engage()
-        assert self._span is not None
-        child.span = _telemetry.ChildSpan(
-            self._span,
-            name=child.name,
-            kind=child.kind,
-            flow_name=child.target.split("/")[0],
-            deployment_name=child.target if child.kind == "deployment" else None,
-            generation=child.generation,
-            detached=child.is_detached,
-            start_ns=time.time_ns(),
-        )
-
-        def settle_failed(future: concurrent.futures.Future[None]) -> None:
-            if future.cancelled():
-                child.settle("cancelled")
-            elif (exc := future.exception()) is not None:
-                child.settle("failed", exception=exc)
-
-        future = plane.submit(lambda services: self._launch_child(services, child, spec))
-        future.add_done_callback(settle_failed)
-
-    async def _launch_child(
-        self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
-    ) -> None:
-        if child.kind == "deployment":
-            await self._hold_lease(services)
-        run = await self._launcher_with(services).launch(child, spec)
-        if run is None:
-            return
-        services.watcher.watch(child)
-        self._logger.info(
-            "Spawned child %r as flow run %s (%s)", child.name, run.id, child.url or child.kind
-        )
-        if child.detach_requested:
-            self._detach_child(child)
-        elif child.span is not None and child.is_detached:
-            child.span.end("detached", state=run.state, exception=None, end_ns=time.time_ns())
-        self._arm_deadline(child)
-        if isinstance(spec.target, Flow):
-            parameters = _launch.bind_parameters(spec.target, spec.parameters)
-            InlineRun(
-                child,
-                spec.target,
-                run,
-                parameters,
-                host=self.host,
-                context=spec.context,
-                home_loop=spec.home_loop,
-            ).start()
-        elif child.cancel_reason is not None:
-            await self._cancel_run(services, child)
-
-    def _launcher_with(self, services: Services) -> _launch.Launcher:
-        if self._launcher is None:
-            assert self._plane is not None
-            self._launcher = _launch.Launcher(
-                services.api,
-                run=self._run,
-                max_concurrent=self._options.max_concurrent,
-                call_soon=self._plane.call_soon,
-            )
-        return self._launcher
-
-    def _arm_deadline(self, child: Child[Any]) -> None:
-        if child.timeout_seconds is None:
-            return
-        message = f"its deadline of {child.timeout_seconds:g} s was exceeded"
-        reason = CancelReason(source="deadline", message=message)
-        timer = asyncio.get_running_loop().call_later(
-            child.timeout_seconds, self._cancel_child, child, reason
-        )
-        plane = self._plane
-        assert plane is not None
-        child.when_over(lambda: plane.call_soon(timer.cancel))
+                self.engage()
 
     # -- what children do and are told -----------------------------------------------------------
 
@@ -595,47 +833,14 @@ class Supervisor:
         assert outcome is not None
         level = logging.WARNING if breaks_scope(outcome) else logging.INFO
         self._logger.log(level, "Child %r ended: %s", child.name, outcome)
-        if breaks_scope(outcome) and self._options.on_child_failure != "ignore":
+        if child.is_raced:
+            return
+        policy = "cancel_siblings" if child.used_up_restarts else self.options.on_child_failure
+        if breaks_scope(outcome) and policy != "ignore":
             with self._lock:
                 self.failures.append(child)
-            if self._options.on_child_failure == "cancel_siblings" and self._ending is None:
+            if policy == "cancel_siblings" and self._ending is None:
                 self._fail_with(child)
-
-    def _on_child_settled(self, child: Child[Any]) -> None:
-        """Count a child as over, once what it may have left behind is over too."""
-        last_words = self._last_words.get(child.key) or self._clear_up_after(child)
-        if last_words is None:
-            self._registry.finished(child)
-        else:
-            last_words.add_done_callback(lambda _: self._registry.finished(child))
-
-    def _clear_up_after(self, child: Child[Any]) -> concurrent.futures.Future[None] | None:
-        """Begin to end what a child may have left behind, if a teardown of ours does not."""
-        cause = LEAVING.get(child.outcome) if child.outcome is not None else None
-        if child.kind != "deployment" or cause is None:
-            return None
-        if self._ending is not None or self._plane is None:
-            return None
-        if child.flow_run is None and child.was_requested:
-            return self._plane.submit(lambda services: self._end_unanswered(services, child))
-        if child.flow_run is not None and child.cancel_reason is None:
-            reap = functools.partial(self._reap_below, child=child, cause=cause)
-            return self._plane.submit(reap)
-        return None
-
-    async def _reap_below(self, services: Services, child: Child[Any], cause: Cause) -> None:
-        """End what a child launched that ended badly: it may have died before it could."""
-        assert child.flow_run is not None
-        report = await reap_below(
-            services.api,
-            self.lineage.nested(child.flow_run.id),
-            flow_name=child.name,
-            cause=cause,
-            reason=parent_reason(cause, child.name),
-            grace_seconds=self._options.grace_seconds,
-        )
-        if report is not None and report.receipts:
-            self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
 
     def _fail_with(self, child: Child[Any]) -> None:
         reason = CancelReason(
@@ -649,100 +854,71 @@ class Supervisor:
         if not child.delivered:
             self.body.interrupt()
 
-    def _cancel_child(self, child: Child[Any], reason: CancelReason) -> None:
-        if not child.mark_cancel(reason):
-            return
-        if child.interrupt is not None:
-            child.interrupt()
-        for inner in list(self.nested):
-            if inner.flow_run_id == child.flow_run_id and inner.is_engaged:
-                inner.begin_teardown("cancelled", reason)
-        if self._plane is not None:
-            self._plane.submit(lambda services: self._cancel_run(services, child))
-
-    async def _cancel_run(self, services: Services, child: Child[Any]) -> None:
-        """Tear down one child with everything below it; its siblings go on."""
-        if child.flow_run_id is None or child.cancel_reason is None or child.is_over:
-            return
-        report = await Teardown(
-            services.api,
-            services.watcher,
-            flow_name=self._flow.name,
-            lineage=self.lineage,
-            cause="cancelled",
-            reason=child.cancel_reason,
-            children=lambda: [child],
-            in_body=self._runs_in_body,
-            budget=Budget(self._options.grace_seconds),
-            top=child.flow_run_id,
-        ).run()
-        if not report.ok and self._ending is None:
-            self._logger.error("%s", report)
-            child.settle("abandoned")
-
-    def _detach_child(self, child: Child[Any]) -> None:
-        if child.kind == "inline":
-            raise ValueError(
-                f"Child {child.name!r} runs inline, in this process, and cannot outlive it. "
-                "Spawn a deployment to detach it."
-            )
-        child.detach_requested = True
-        run = child.flow_run
-        if run is None or self._plane is None:
-            return  # as soon as it has a run
-        if child.key not in self._last_words:
-            self._last_words[child.key] = self._plane.submit(
-                lambda services: self._cut_loose(services, child, run)
-            )
-        child.settle("detached")
-
-    async def _cut_loose(self, services: Services, child: Child[Any], run: FlowRun) -> None:
-        """Have the server know that a child is detached: who else ends trees asks it."""
-        try:
-            await _launch.patiently(lambda: services.api.cut_loose(run, {_identity.DETACHED: True}))
-        except Exception:
-            self._logger.exception(
-                "Child %r (%s) is detached, but the server could not be told, so it may still be "
-                "ended with this run",
-                child.name,
-                run.id,
-            )
-
-    async def _end_unanswered(self, services: Services, child: Child[Any]) -> None:
-        """Cancel the run of a launch that was given up: the server may have created it."""
-        message = f"Cancelled because the launch of {child.name!r} was given up"
-        try:
-            tagged = await _launch.patiently(
-                lambda: services.api.read_tagged(self.lineage.tag, live_only=True)
-            )
-            spawn = (self._run.id, child.key, child.generation)
-            made = [run.id for run in tagged if _identity.spawn_of(run.labels) == spawn]
-            if made:
-                self._logger.warning("Cancelling %s, which nobody waits for", made[0])
-                await services.api.request_cancel(made, message)
-        except Exception:
-            self._logger.exception(
-                "The launch of child %r was given up, and nobody knows whether it has a run",
-                child.name,
-            )
-
     # -- the run's own end -----------------------------------------------------------------------
+
+    async def _count_down(self, services: Services, inherited: float | None) -> None:
+        """End the scope when its time is over, or that of the parent that has launched it."""
+        if inherited is not None:
+            await self._refine_deadline(services, inherited)
+        while not await self._lives.wait_for_close(self._deadline - _clock.monotonic()):
+            if _clock.monotonic() < self._own_deadline and await self._was_detached(services):
+                self._deadline = self._own_deadline
+            else:
+                self._on_deadline()
+                return
+
+    async def _refine_deadline(self, services: Services, inherited: float) -> None:
+        """Subtract what passed before the body began; by the server's clock, as hosts differ."""
+        try:
+            now = await _launch.patiently(services.api.server_time)
+        except Exception:
+            logger.debug("Could not read the server's time", exc_info=True)
+            return
+        age = now - self._run.created if now and self._run.created else timedelta(0)
+        left = inherited - max(0.0, age.total_seconds())
+        self._deadline = min(self._deadline, _clock.monotonic() + left)
+
+    async def _was_detached(self, services: Services) -> bool:
+        """Whether somebody has let this run go since it was launched: then its time is its own."""
+        try:
+            runs = await _launch.patiently(lambda: services.api.read_runs([self._run.id]))
+        except Exception:
+            logger.debug("Could not read the own run", exc_info=True)
+            return False
+        return any(run.labels.get(_identity.DETACHED) for run in runs)
+
+    def _on_deadline(self) -> None:
+        if self._closed or self.own.cancellation is not None:
+            return
+        seconds = self._deadline - self._started
+        detail = f"its deadline was exceeded, {seconds:.3g} s after it began"
+        reason = parent_reason("timed_out", self._flow.name, detail)
+        self.timed_out = ScopeTimeoutError(f"Flow {self._flow.name!r} timed out: {detail}")
+        self.begin_teardown("timed_out", reason)
+        self.body.interrupt()
 
     async def _watch(self, services: Services) -> None:
         self.own.watch(services.watcher)
 
+    async def _limit_requests(self, services: Services) -> None:
+        assert self.options.requests_per_minute is not None
+        services.api.budget.limit(self.options.requests_per_minute)
+
     async def _unwatch(self, services: Services) -> None:
+        self._lives.close()
+        if self._span is not None and self.options.requests_per_minute is not None:
+            services.api.budget.unlimit(self.options.requests_per_minute)
         self._drop_lease()
         if self._link is not None:
             self._link.unwatch(services.watcher)
         self.own.unwatch(services.watcher)
 
-    async def _hold_lease(self, services: Services) -> None:
+    async def hold_lease(self, services: Services) -> None:
         """Give signs of life to children elsewhere, from now to the end of the scope."""
         if self.outer is not None and not self.outer._closed:
-            await self.outer._hold_lease(services)
+            await self.outer.hold_lease(services)
         elif self._lease is None and self._plane is not None:
-            self._lease = LeaseHolder(services.api, self._run, self._options.lease_seconds)
+            self._lease = LeaseHolder(services.api, self._run, self.options.lease_seconds)
             await self._lease.renew()
             lease = self._lease
             self._plane.submit(lambda _: lease.hold())
@@ -750,6 +926,43 @@ class Supervisor:
     def _drop_lease(self) -> None:
         if self._lease is not None:
             self._lease.drop()
+
+    def _on_superseded(self) -> None:
+        """Leave the children to the later attempt: it finds them by their keys."""
+        self._logger.warning(
+            "This attempt launches and cancels nothing more: %s", _launch.SUPERSEDED
+        )
+        self._drop_lease()
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Let go of what runs elsewhere; end what runs here, which a later attempt begins anew."""
+        self._registry.ban(_launch.SUPERSEDED)
+        self._lives.stop_restarts()
+        for child in self._registry.live():
+            if child.is_local or child.attempt.is_queued:
+                child.cancel_because(CancelReason(source="superseded", message=_launch.SUPERSEDED))
+            elif child.flow_run is not None:
+                child.settle("detached")  # one that is being launched is refused
+        for inner in list(self.nested):
+            if not inner.is_spawned:
+                inner.hand_over()
+
+    @property
+    def is_spawned(self) -> bool:
+        """Whether the scope around this one has spawned its run: a later attempt makes its own."""
+        return self.outer is not None and _identity.is_ours(self._run)
+
+    async def check_superseded(self, services: Services) -> bool:
+        """Tell whether a later attempt of the run has begun, or of one that has called it plainly.
+
+        Raises:
+            Exception: If the server does not tell.
+        """
+        scope = self
+        while scope.outer is not None and not scope.is_spawned:
+            scope = scope.outer
+        return await scope.own.check_superseded(services.api)
 
     def _on_lost(self, lost: UUID, reason: CancelReason) -> None:
         """End the run, because what it must not outlive is gone; in the control plane."""
@@ -791,14 +1004,15 @@ class Supervisor:
     async def _tear_down(self, services: Services) -> None:
         assert self._ending is not None
         assert self._span is not None
+        with priority(Priority.TEARDOWN):
+            if self._ending[0] in HARD_CAUSES and await self.own.recheck(services.api):
+                self._ending = ("cancelled", self.own.reason)
         cause, reason = self._ending
-        if cause in {"crashed", "cancelled"} and await self.own.recheck(services.api):
-            cause, reason = self._ending = ("cancelled", self.own.reason)
         live = len(self._registry.live())
         span = None
         if live or self.launched_plainly:
             span = _telemetry.TeardownSpan(
-                self._span, reason=reason, live=live, grace_seconds=self._options.grace_seconds
+                self._span, reason=reason, live=live, grace_seconds=self.options.grace_seconds
             )
         self._tearing = Teardown(
             services.api,
@@ -808,21 +1022,31 @@ class Supervisor:
             cause=cause,
             reason=reason,
             children=self._registry.all,
-            in_body=self._runs_in_body,
+            in_body=self.runs_in_body,
             body_runs=lambda: self.body.is_running,
-            budget=Budget(self._options.grace_seconds),
+            budget=Budget(self.options.grace_seconds),
             delegate_to=self.own.delegate_to,
+            is_superseded=lambda: self.check_superseded(services),
             span=span,
         )
-        report = await self._tearing.run()
+        report = await self._end_all(self._tearing)
         self._report = report = report.after(self._report)
-        if report.receipts:
-            self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
+        if report.receipts or report.finalizer_errors:
+            is_fine = report.ok and not report.finalizer_errors
+            self._logger.log(logging.INFO if is_fine else logging.ERROR, "%s", report)
         vouched = {r.flow_run_id for r in report.receipts if r.status in {"cancelled", "forced"}}
         for child in self._registry.live():
             if child.detach_requested:
                 continue  # it is still being launched
             child.settle("cancelled" if child.flow_run_id in vouched else "abandoned")
+
+    async def _end_all(self, teardown: Teardown) -> TeardownReport:
+        """End children and whatever else, side by side: there is one grace for both."""
+        with priority(Priority.TEARDOWN):
+            errors, report = await asyncio.gather(
+                self._finalizers.run(self.options.grace_seconds), teardown.run()
+            )
+        return attrs.evolve(report, finalizer_errors=tuple(errors))
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -838,7 +1062,7 @@ class Supervisor:
         Raises:
             ValueError: If *on_parent* is not understood, or asks an inline flow to outlive us.
         """
-        policy = resolve_on_parent(on_parent, self._options.on_parent)
+        policy = resolve_on_parent(on_parent, self.options.on_parent)
         if not isinstance(target, Flow) or "detach" not in policy.values():
             return policy
         if on_parent is not None:
@@ -855,10 +1079,10 @@ class Supervisor:
     @property
     def _is_launched_child(self) -> bool:
         """Whether a supervisor of another process has launched this run."""
-        return self.outer is None and _identity.is_ours(self._run.labels, self._run.idempotency_key)
+        return self.outer is None and _identity.is_ours(self._run)
 
     def _find_lineage(self) -> _identity.Lineage:
-        if not _identity.is_ours(self._run.labels, self._run.idempotency_key):
+        if not _identity.is_ours(self._run):
             # A copy of one of our runs may carry its labels; what it launches is its own.
             if self.outer is not None:
                 return self.outer.lineage.nested(self._run.id)
@@ -868,10 +1092,10 @@ class Supervisor:
             return lineage
         return attrs.evolve(lineage, host=self.outer.lineage.host)  # which holds the lease
 
-    def _runs_in_body(self) -> set[UUID]:
+    def runs_in_body(self) -> set[UUID]:
         """Return the supervised runs that this body executes by plain calls."""
         inner = {scope.flow_run_id for scope in list(self.nested)}
-        return inner.union(*(scope._runs_in_body() for scope in list(self.nested)))
+        return inner.union(*(scope.runs_in_body() for scope in list(self.nested)))
 
     def _nearest_ending(self) -> CancelReason | None:
         if self._ending is not None:
@@ -886,11 +1110,27 @@ class Supervisor:
             )
 
 
+def _kind_of(target: Flow[..., Any] | str | UUID, isolation: Isolation) -> Kind:
+    if not isinstance(target, Flow):
+        return "deployment"
+    return "process" if isolation == "process" else "inline"
+
+
 def _done() -> concurrent.futures.Future[None]:
     """Return a future of something that needs not be done."""
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
     future.set_result(None)
     return future
+
+
+def _numbered(options: SpawnOptions, position: int) -> SpawnOptions:
+    """Return options with the key and the name of one of several children."""
+    own = options.copy()
+    if (key := options.get("key")) is not None:
+        own["key"] = f"{key}-{position}"
+    if (name := options.get("name")) is not None:
+        own["name"] = f"{name}-{position}"
+    return own
 
 
 def _task_inputs(target: str, parameters: Mapping[str, Any], flow_run_id: UUID) -> dict[str, Any]:

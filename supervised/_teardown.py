@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
-import attrs
 from prefect.utilities.urls import url_for
 
 from supervised import _clock, _identity, _telemetry
 from supervised._log import get_logger
 from supervised._policy import HARD_CAUSES, Budget, is_over, outcome_of, receipt_status
+from supervised._targets import Target, Targets
 from supervised._types import Action, CancelReason, Cause, Receipt, TeardownReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from datetime import datetime
+    from collections.abc import Awaitable, Callable, Iterable
     from uuid import UUID
 
     from prefect.client.schemas.objects import FlowRun, State
@@ -48,48 +47,7 @@ _HEARING_LOOK_SECONDS = 0.2
 _REQUEST_SECONDS = 8.0
 _FOREIGN_SECONDS = 2.0
 _ASKING_SECONDS = 5.0
-
-
-@attrs.define(kw_only=True)
-class _Target:
-    """One descendant, and how far its teardown has come."""
-
-    name: str
-    depth: int
-    action: Action = "cancel"
-    child: Child[Any] | None = None
-    run: FlowRun | None = None
-    state: State[Any] | None = None
-    requested_at: datetime | None = None
-    requested: float | None = None
-    acknowledged_at: datetime | None = None
-    terminal_at: datetime | None = None
-    escalations: list[str] = attrs.field(factory=list)
-    error: str = ""
-    found: float = attrs.field(factory=_clock.monotonic)
-    above: frozenset[UUID] = frozenset()  # its labels say it, or it is one of these
-    was_read: bool = False  # since it was asked: what is known from before proves nothing
-
-    @property
-    def run_id(self) -> UUID | None:
-        return self.run.id if self.run is not None else None
-
-    @property
-    def is_over(self) -> bool:
-        if self.child is not None and (self.child.is_over or self.child.kind == "inline"):
-            return self.child.is_over
-        return self.state is not None and self.state.is_final()
-
-    @property
-    def runs_remotely(self) -> bool:
-        """Whether a runner elsewhere owns the process, so that asking the server helps."""
-        return self.run is not None and self.run.deployment_id is not None
-
-    @property
-    def never_ran(self) -> bool:
-        """Whether the server has never seen it `Running`, and so will refuse to let it."""
-        run = self.run
-        return self.was_read and run is not None and run.start_time is None
+_ASKING_SECONDS_EACH = 0.1  # four times what SQLite needs to cancel a run on two busy cores
 
 
 class Teardown:
@@ -110,6 +68,8 @@ class Teardown:
             inline in it is over too.
         can_wait: Whether somebody is there to wait for a child whose policy is to be waited for;
             otherwise it is left alone, which is as near as it gets.
+        is_superseded: Tells whether a later attempt of the scope's run has begun, to whom all
+            belongs that runs elsewhere. Asked before anything is asked of others.
         spares: Whether policies count; a command to cancel everything overrides them, except that
             a detached run is never touched.
         span: Gets an event a step, and is ended with the report.
@@ -132,6 +92,7 @@ class Teardown:
         top: UUID | None = None,
         top_is_gone: bool = False,
         can_wait: bool = True,
+        is_superseded: Callable[[], Awaitable[bool]] | None = None,
         spares: bool = True,
         span: _telemetry.TeardownSpan | None = None,
     ) -> None:
@@ -149,9 +110,10 @@ class Teardown:
         self._top = top or lineage.run_id
         self._top_is_gone = top_is_gone
         self._can_wait = can_wait
+        self._is_superseded = is_superseded
         self._spares = spares
         self._span = span
-        self._targets: dict[object, _Target] = {}
+        self._targets = Targets()
         self._spared: set[UUID] = set()
         self._to_cut_loose: list[FlowRun] = []
         self._gone: set[UUID] = set()  # deployed runs below that are over, and their processes too
@@ -161,6 +123,8 @@ class Teardown:
         self._search_error = "" if delegate_to else "there was no time for it"
         self._is_waiting = False
         self._bound: anyio.CancelScope | None = None
+        self._asking: anyio.CancelScope | None = None
+        self._extra = 0.0
         self._started = _clock.monotonic()
         self._started_at = _clock.utc_now()
 
@@ -171,12 +135,15 @@ class Teardown:
     async def finds_something(self) -> bool:
         """Search the tree once, and tell whether there is anything to end."""
         await self._discover()
-        return bool(self._targets or self._search_error)
+        return bool(len(self._targets) or self._search_error)
 
     async def run(self) -> TeardownReport:
         """Tear down, and return what became of every run."""
-        with anyio.move_on_after(max(self._budget.total, _ASKING_SECONDS)):
+        with anyio.CancelScope() as self._asking:
             await self._ask()  # whatever the grace: it is for waiting
+        self._asking = None
+        # Not for a server that does not answer: that has used up the grace.
+        self._extra = min(max(0.0, self._elapsed - _ASKING_SECONDS), self.seconds_to_ask)
         await self._wait_within_budget()
         await self._wait_for_the_patient()
         await self._last_look()
@@ -203,14 +170,14 @@ class Teardown:
         self._started = _clock.monotonic()
         if self._bound is not None:
             self._bound.deadline = anyio.current_time() + self._budget.total
-        for key, target in list(self._targets.items()):
+        for target in self._targets:
             if target.action == "wait":
                 target.action = self._action_for(target)
             if target.action == "detach":
-                del self._targets[key]
+                self._targets.remove(target)
                 self._take_children()  # lets it go
 
-    def _action_for(self, target: _Target) -> Action:
+    def _action_for(self, target: Target) -> Action:
         """Return what the present cause means to a target that is not over."""
         if target.child is not None:
             return target.child.on_parent[self._cause]
@@ -221,13 +188,31 @@ class Teardown:
 
     async def _ask(self) -> None:
         self._take_children()
+        self._allow_time_to_ask()
         await self._request()
         if self._delegate_to is None:
             await self._discover()
+            self._allow_time_to_ask()
             await self._request()
 
+    def _allow_time_to_ask(self) -> None:
+        """Bound the requests by what a slow server needs for as many."""
+        assert self._asking is not None
+        seconds = max(self._budget.total, _ASKING_SECONDS + self.seconds_to_ask)
+        self._asking.deadline = anyio.current_time() + seconds - self._elapsed
+
+    @property
+    def seconds_to_ask(self) -> float:
+        """What a slow server needs to be asked for so many, on top of the grace."""
+        return len(self._targets) * _ASKING_SECONDS_EACH
+
+    @property
+    def _left(self) -> float:
+        """The seconds that are left of the grace, which asking does not use up."""
+        return self._budget.total + self._extra - self._elapsed
+
     async def _wait_within_budget(self) -> None:
-        with anyio.move_on_after(self._budget.total - self._elapsed) as self._bound:
+        with anyio.move_on_after(self._left) as self._bound:
             await self._wait()
         self._bound = None
 
@@ -235,19 +220,27 @@ class Teardown:
         """Wait for the children whose policy says so, unless a harder end overtakes us."""
         if not self._is_patient:
             return
-        self._is_waiting = True
         while self._is_patient and (waiting := self._waited_for()):
+            self._is_waiting = not self._has_more_to_end
+            if self._has_more_to_end:
+                await self._wait_within_budget()
+                continue
             await self._read_if_due(waiting)
             await anyio.sleep(_LOOK_SECONDS)
         self._is_waiting = False
-        if not self._is_patient:
+        if self._has_more_to_end:
             await self._wait_within_budget()
+
+    @property
+    def _has_more_to_end(self) -> bool:
+        """Whether a harder end has left something to end, and time for it."""
+        return self._left > 0 and bool(self._pending())
 
     @property
     def _is_patient(self) -> bool:
         return self._cause not in HARD_CAUSES
 
-    def _waited_for(self) -> list[_Target]:
+    def _waited_for(self) -> list[Target]:
         return [t for t in self._live() if t.action == "wait"]
 
     def _lose_patience(self) -> None:
@@ -256,7 +249,7 @@ class Teardown:
             return
         for target in self._waited_for():
             target.action = "cancel"
-            self._first(target, "waited", self._elapsed)
+            self._first(target, "waited")
 
     async def _wait(self) -> None:
         if self._delegate_to is not None:
@@ -270,6 +263,9 @@ class Teardown:
             await self._escalate()
             self._lose_patience()
             await self._request()
+            if self._delegate_to is not None:
+                await self._wait_for_inline()
+                return
             if not self._pending() and not await self._sweep():
                 return
             hears = self._watcher.hears
@@ -280,7 +276,7 @@ class Teardown:
                 swept = _clock.monotonic()
             await anyio.sleep(_READ_SECONDS if self._search_error else _LOOK_SECONDS)
 
-    async def _read_if_due(self, targets: list[_Target]) -> None:
+    async def _read_if_due(self, targets: list[Target]) -> None:
         """Read when something has ended or begun since the last time, or enough time has passed."""
         seconds = _READ_SECONDS_WITH_EVENTS if self._watcher.hears else _READ_SECONDS
         due = self._read_at + max(seconds, 2 * self._read_cost)
@@ -288,14 +284,14 @@ class Teardown:
             self._news, self._read_at = self._watcher.news, _clock.monotonic()
             await self._verify(targets)
 
-    def _live(self) -> list[_Target]:
-        return [t for t in self._targets.values() if not t.is_over and not self._is_foreign(t)]
+    def _live(self) -> list[Target]:
+        return [t for t in self._targets if not t.is_over and not self._is_foreign(t)]
 
-    def _pending(self) -> list[_Target]:
+    def _pending(self) -> list[Target]:
         """Return what has to end within the budget."""
         return [t for t in self._live() if t.action == "cancel" or not self._is_patient]
 
-    def _is_foreign(self, target: _Target) -> bool:
+    def _is_foreign(self, target: Target) -> bool:
         """Whether a run executes here, in a task that no scope started, and had its chance.
 
         Nothing can end it from outside, so waiting longer would only delay the report.
@@ -325,12 +321,14 @@ class Teardown:
                 continue
             if child.is_over and child.cancel_reason is None:
                 continue
-            target = self._targets.get(child.key)
+            target = self._targets.of_child(child.key)
             if target is None:
-                target = _Target(name=child.name, depth=1, action=action, child=child)
-                self._targets[child.key] = target
+                target = Target(
+                    name=child.name, depth=1, action=action, child=child, attempt=child.attempt
+                )
+                self._targets.add(target)
             if target.run is None and child.flow_run is not None:
-                target.run, target.state = child.flow_run, child.state
+                self._targets.set_run(target, child.flow_run, child.state)
 
     async def _sweep(self) -> bool:
         """Search again; true if something live turned up."""
@@ -366,46 +364,41 @@ class Teardown:
         detached = {run.id for run in tagged if run.labels.get(_identity.DETACHED)}
         for run_id in detached - {own}:
             self._spare(run_id)
+        children = self._known_children()
         # Parents before their children: what is to become of a run decides on all below it.
         for run in sorted(tagged, key=lambda run: len(_identity.path_of(run.labels))):
             if run.id == own or not _identity.is_below(run.labels, own):
                 continue
-            if not _identity.is_ours(run.labels, run.idempotency_key):
+            if not _identity.is_ours(run):
                 continue
             path = _identity.path_of(run.labels)
             between = path[path.index(own) + 1 :]
             if not any(self._is_left_alone(run_id) for run_id in between):
-                self._take_run(run, depth=len(between) + 1)
+                self._take_run(run, children, depth=len(between) + 1)
 
     def _spare(self, run_id: UUID) -> None:
         """Leave a run that was detached alone, with all below it, unless it has been asked."""
-        target = self._target_of(run_id)
+        target = self._targets.of_run(run_id)
         if target is not None and target.requested is not None:
             return
         self._spared.add(run_id)
-        for key, other in list(self._targets.items()):
+        for other in self._targets:
             is_below = other is target or run_id in other.above
             if is_below and other.child is None and other.requested is None:
-                del self._targets[key]
+                self._targets.remove(other)
 
     def _is_left_alone(self, run_id: UUID) -> bool:
         """Whether a run goes on, for good or for now, so that what is below it is its own."""
         if run_id in self._spared:
             return True
-        target = self._target_of(run_id)
+        target = self._targets.of_run(run_id)
         return target is not None and target.action == "wait" and not target.is_over
-
-    def _target_of(self, run_id: UUID) -> _Target | None:
-        for target in self._targets.values():
-            if target.run_id == run_id:
-                return target
-        return None
 
     async def _discover_linked(self) -> None:
         frontier = {self._top} | {
             child.flow_run_id for child in self._children() if child.flow_run_id is not None
         }
-        frontier |= {t.run_id for t in self._targets.values() if t.run_id is not None}
+        frontier |= {t.run_id for t in self._targets if t.run_id is not None}
         self._gone |= {
             child.flow_run_id
             for child in self._children()
@@ -417,22 +410,31 @@ class Teardown:
             found = await self._api.read_children(frontier)
             inline = [run for run in found if run.deployment_id is None and not is_over(run)]
             parents = await self._api.read_parents(inline) if inline else {}
+            children = self._known_children()
             for run in found:
                 if run.labels.get(_identity.DETACHED):
                     self._spare(run.id)
                 elif is_over(run) and run.deployment_id is not None:
                     self._gone.add(run.id)
                 if run.id not in seen and not is_over(run):
-                    self._take_run(run, depth=depth, parent_id=parents.get(run.id))
+                    self._take_run(run, children, depth=depth, parent_id=parents.get(run.id))
             frontier = {run.id for run in found} - seen
             seen |= frontier
             depth += 1
 
-    def _take_run(self, run: FlowRun, *, depth: int, parent_id: UUID | None = None) -> None:
+    def _take_run(
+        self,
+        run: FlowRun,
+        children: set[object],
+        *,
+        depth: int,
+        parent_id: UUID | None = None,
+    ) -> None:
         """Take up a run that was found on the server, unless it is detached or known.
 
         Args:
             run: The run.
+            children: What has a target of its own, see `_known_children`.
             depth: Levels below the top.
             parent_id: Its parent, where its labels do not say and it matters.
         """
@@ -440,11 +442,10 @@ class Teardown:
             return
         if run.labels.get(_identity.DETACHED):
             self._spare(run.id)
-        if run.id in self._spared or self._target_of(run.id) is not None:
+        if run.id in self._spared or self._targets.of_run(run.id) is not None:
             return
-        for child in self._children():
-            if child.flow_run_id == run.id or self._is_about_to_be(child, run):
-                return  # its own target
+        if run.id in children or _identity.spawn_of(run.labels) in children:
+            return  # its own target
         action = _identity.action_of(run.labels, self._cause if depth == 1 else "cancelled")
         if not self._spares:
             action = "cancel"
@@ -455,23 +456,26 @@ class Teardown:
             return
         above = set(_identity.path_of(run.labels))
         if parent_id is not None:
-            parent = self._target_of(parent_id)
+            parent = self._targets.of_run(parent_id)
             above |= {parent_id} | (parent.above if parent is not None else set())
-        self._targets[run.id] = _Target(
-            name=run.name,
-            depth=depth,
-            action=action,
-            run=run,
-            state=run.state,
-            above=frozenset(above),
+        self._targets.add(
+            Target(
+                name=run.name,
+                depth=depth,
+                action=action,
+                run=run,
+                state=run.state,
+                above=frozenset(above),
+            )
         )
 
-    def _is_about_to_be(self, child: Child[Any], run: FlowRun) -> bool:
-        """Whether a run is that of a child whose creation has not been answered yet."""
-        if child.flow_run_id is not None or child.is_over:
-            return False
-        spawn = (self._lineage.run_id, child.key, child.generation)
-        return _identity.spawn_of(run.labels) == spawn
+    def _known_children(self) -> set[object]:
+        """Return the runs of the direct children, and the spawns that have not been answered."""
+        return {
+            child.flow_run_id or (self._lineage.run_id, child.key, child.generation)
+            for child in self._children()
+            if child.flow_run_id is not None or not child.is_over
+        }
 
     # -- request ----------------------------------------------------------------------------
 
@@ -481,26 +485,31 @@ class Teardown:
         for target in fresh:
             if target.child is not None:
                 target.child.mark_cancel(self._reason)
-                if target.child.interrupt is not None:
-                    target.child.interrupt()
+            if target.attempt is not None and target.attempt.interrupt is not None:
+                target.attempt.interrupt()
             if target.run is not None:
                 target.requested = _clock.monotonic()
                 target.requested_at = _clock.utc_now()
-        remote = [t for t in fresh if t.runs_remotely]
+        remote = [t for t in fresh if t.runs_remotely or t.has_own_process]
         remote.sort(key=lambda t: t.depth)
         await self._ask_server(remote)
 
-    async def _ask_server(self, targets: list[_Target]) -> None:
-        if not targets:
-            return
+    async def _ask_server(self, targets: list[Target]) -> None:
+        await self._api.pace.each(targets, self._ask_for_some)
+
+    async def _ask_for_some(self, targets: list[Target]) -> None:
+        """Make one request; what it cannot ask for is asked for again in the next round."""
         by_id = {t.run_id: t for t in targets}
         message = _identity.mark_message(f"Cancelled because {self._reason}", self._lineage.run_id)
         try:
             with anyio.fail_after(_REQUEST_SECONDS):
+                if await self._has_handed_over():
+                    return
+            with anyio.fail_after(_REQUEST_SECONDS + len(by_id) * _ASKING_SECONDS_EACH):
                 acks = await self._api.request_cancel([i for i in by_id if i], message)
         except Exception as exc:
             logger.debug("A request for cancellation failed", exc_info=True)
-            for target in targets:  # all of them are asked again in the next round
+            for target in targets:
                 target.requested = None
                 target.error = f"the request failed: {exc!r}"
             self._read_at = -math.inf  # but read before: somebody may have detached one since
@@ -517,9 +526,20 @@ class Teardown:
                 if target.child is not None:
                     target.child.mark_acknowledged()
 
+    async def _has_handed_over(self) -> bool:
+        """Whether what runs elsewhere belongs to a later attempt of the scope's run."""
+        if self._is_superseded is None or not await self._is_superseded():
+            return False
+        self._delegate_to = self._lineage.run_id
+        for target in self._targets:
+            if not target.is_local:
+                self._targets.remove(target)
+        self._search_error = ""
+        return True
+
     # -- verify -----------------------------------------------------------------------------
 
-    async def _verify(self, targets: list[_Target]) -> None:
+    async def _verify(self, targets: list[Target]) -> None:
         ids = [t.run_id for t in targets if t.run_id is not None]
         if not ids:
             return
@@ -532,16 +552,16 @@ class Teardown:
             return
         self._read_cost = _clock.monotonic() - began
         for run in runs:
-            self._watcher.apply(run)
+            self._watcher.apply(run, at_once=True)
             if run.labels.get(_identity.DETACHED):
                 self._spare(run.id)
-            for target in self._targets.values():
-                if target.run_id == run.id and run.state is not None:
-                    target.run = run
-                    target.was_read |= target.requested is not None
-                    self._update(target, run.state)
+            target = self._targets.of_run(run.id)
+            if target is not None and run.state is not None:
+                target.run = run
+                target.was_read |= target.requested is not None
+                self._update(target, run.state)
 
-    def _update(self, target: _Target, state: State[Any]) -> None:
+    def _update(self, target: Target, state: State[Any]) -> None:
         target.state = state
         if state.is_final() and target.terminal_at is None:
             target.terminal_at = _clock.utc_now()
@@ -555,13 +575,13 @@ class Teardown:
         with anyio.move_on_after(_INLINE_SECONDS):
             # Whatever the grace: their engines need a moment to write what has become of them.
             await self._wait_for_inline()
-        open_ends = [t for t in self._targets.values() if t.state is None or not t.state.is_final()]
+        open_ends = [t for t in self._targets if t.state is None or not t.state.is_final()]
         with anyio.move_on_after(2.0, shield=True):
             await self._verify([t for t in open_ends if t.runs_remotely or not t.is_over])
 
     async def _wait_for_inline(self) -> None:
         """Wait for what runs in this process; an ancestor verifies everything else."""
-        while any(t.child is not None and t.child.kind == "inline" for t in self._pending()):
+        while any(target.is_local for target in self._pending()):
             await anyio.sleep(_LOOK_SECONDS)
             self._lose_patience()
             await self._request()
@@ -594,29 +614,28 @@ class Teardown:
                 logger.debug("Escalating %s failed", target.name, exc_info=True)
                 target.error = f"escalating failed: {exc!r}"
 
-    async def _escalate_one(self, target: _Target, waited: float) -> None:
-        if target.child is not None and target.child.kind == "inline":
-            await self._escalate_inline(target, target.child, waited)
+    async def _escalate_one(self, target: Target, waited: float) -> None:
+        if target.is_local:
+            await self._escalate_inline(target, waited)
         elif not target.runs_remotely:
-            await self._close_with_host(target, waited)
+            await self._close_with_host(target)
         elif target.acknowledged_at is None:
-            if waited > self._budget.request_again_after and self._first(
-                target, "asked again", waited
-            ):
+            if waited > self._budget.request_again_after and self._first(target, "asked again"):
                 await self._ask_server([target])
         elif target.never_ran:
             await self._close_unstarted(target, waited)
 
-    async def _escalate_inline(self, target: _Target, child: Child[Any], waited: float) -> None:
+    async def _escalate_inline(self, target: Target, waited: float) -> None:
         """Repeat the request to code that swallowed it; at last end its engine's task."""
-        if child.interrupt is None:
-            return
-        if waited > self._budget.request_again_after and self._first(target, "asked again", waited):
-            child.interrupt()
-        if waited > self._budget.close_after and self._first(target, "interrupted", waited):
-            child.interrupt(hard=True)
+        interrupt = target.attempt.interrupt if target.attempt is not None else None
+        if interrupt is None or target.has_own_process:
+            return  # who owns a process kills it in time
+        if waited > self._budget.request_again_after and self._first(target, "asked again"):
+            interrupt()
+        if waited > self._budget.close_after and self._first(target, "interrupted"):
+            interrupt(hard=True)
 
-    async def _close_unstarted(self, target: _Target, waited: float) -> None:
+    async def _close_unstarted(self, target: Target, waited: float) -> None:
         """Close a run that was cancelled while its process was starting.
 
         The server refuses `Running` to it, so its process ends with code 1 before the user's
@@ -625,41 +644,46 @@ class Teardown:
         finish the run. If none does, there is no process.
         """
         assert target.run_id is not None
-        if waited > self._budget.nudge_after and self._first(target, "nudged", waited):
+        if waited > self._budget.nudge_after and await self._may(target, "nudged"):
             await self._api.nudge(target.run_id)
-        if waited > self._budget.close_after and self._first(target, "closed", waited):
+        if waited > self._budget.close_after and await self._may(target, "closed"):
             state = await self._api.close_run(target.run_id, "Cancelled before it had started.")
             if state is not None:
                 self._update(target, state)
 
-    async def _close_with_host(self, target: _Target, waited: float) -> None:
+    async def _close_with_host(self, target: Target) -> None:
         """Close an inline run in another process once that process's own run is over."""
         assert target.run is not None
         if not self._host_is_over(target) or target.run_id is None:
             return
-        if self._first(target, "closed", waited):
+        if await self._may(target, "closed"):
             state = await self._api.close_run(target.run_id, "Cancelled together with its process.")
             if state is not None:
                 self._update(target, state)
 
-    def _host_is_over(self, target: _Target) -> bool:
+    def _host_is_over(self, target: Target) -> bool:
         if hosts := self._hosts_of(target):
             return all(host.is_over for host in hosts)
         return self._top_is_gone or not self._gone.isdisjoint(target.above)
 
-    def _hosts_of(self, target: _Target) -> list[_Target]:
+    def _hosts_of(self, target: Target) -> list[Target]:
         """Return the deployed runs above an inline one; the nearest is its process."""
-        return [t for t in self._targets.values() if t.runs_remotely and t.run_id in target.above]
+        found = (self._targets.of_run(run_id) for run_id in target.above)
+        return [host for host in found if host is not None and host.runs_remotely]
 
-    def _first(self, target: _Target, step: str, waited: float) -> bool:
+    async def _may(self, target: Target, step: str) -> bool:
+        """Record a step, once, unless the target belongs to a later attempt of the scope's run."""
+        if step in target.escalations or await self._has_handed_over():
+            return False
+        return self._first(target, step)
+
+    def _first(self, target: Target, step: str) -> bool:
         """Record a step, once; false if it was taken before."""
         if step in target.escalations:
             return False
         target.escalations.append(step)
         if target.child is not None:
-            target.child.escalations.append(step)
-            if target.child.span is not None:
-                target.child.span.escalated(step, waited)
+            target.child.note_escalation(step)
         return True
 
     # -- report -----------------------------------------------------------------------------
@@ -667,7 +691,7 @@ class Teardown:
     def _report(self) -> TeardownReport:
         receipts = [
             self._receipt(target)
-            for target in self._targets.values()
+            for target in self._targets
             if target.child is None or target.child.outcome != "detached"
         ]
         receipts += [
@@ -702,7 +726,7 @@ class Teardown:
             delegated_to=self._delegate_to,
         )
 
-    def _receipt(self, target: _Target) -> Receipt:
+    def _receipt(self, target: Target) -> Receipt:
         child = target.child
         outcome = child.outcome if child is not None else None
         if outcome in {None, "abandoned"} and target.state is not None:
@@ -713,6 +737,7 @@ class Teardown:
             outcome or ("cancelled" if delegated else "abandoned"),
             forced="closed" in target.escalations,
         )
+        own = child.escalations if child is not None else []
         return Receipt(
             name=target.name,
             flow_run_id=target.run_id,
@@ -722,17 +747,17 @@ class Teardown:
             requested_at=target.requested_at or (child.requested_at if child else None),
             acknowledged_at=target.acknowledged_at,
             terminal_at=target.terminal_at or (child.ended_at if child else None),
-            escalations=tuple(target.escalations),
+            escalations=tuple(dict.fromkeys([*target.escalations, *own])),
             depth=target.depth,
         )
 
-    def _why_unverified(self, target: _Target) -> str:
+    def _why_unverified(self, target: Target) -> str:
         where = f"still {target.state.name}" if target.state is not None else "no state known"
         if target.error:
             return f"{where}; {target.error}"
         if target.action == "wait":
             return f"{where}; its policy is to be waited for, and the grace ran out"
-        if target.child is not None and target.child.kind == "inline":
+        if target.is_local:
             return f"{where}; its code in this process ignores the cancellation"
         if not target.runs_remotely and not self._can_wait:
             return f"{where}; it runs inside another run's process, which may be alive"

@@ -215,6 +215,7 @@ class ChildSpan:
         generation: int,
         detached: bool,
         start_ns: int,
+        earlier: ChildSpan | None = None,
     ) -> None:
         self._parent = parent
         self._start_ns = start_ns
@@ -227,12 +228,13 @@ class ChildSpan:
         }
         if deployment_name is not None:
             attributes["prefect.deployment.name"] = deployment_name
-        self.span = _start(
+        self.span: Span = _start(
             f"child {name}",
             context=parent.context,
             kind=_span_kind(kind, detached=detached),
             attributes=attributes,
             start_time=start_ns,
+            links=[trace.Link(earlier.span.get_span_context())] if earlier is not None else None,
         )
         self._ended = False
         self._has_run = False

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
+    from supervised._child import Child
+    from supervised._restart import Restart
+
 R_co = TypeVar("R_co", covariant=True)
 
 Cause = Literal["completed", "failed", "timed_out", "cancelled", "crashed"]
@@ -25,8 +28,11 @@ OnParent = Action | Mapping[Cause, Action]
 OnChildFailure = Literal["cancel_siblings", "wait", "ignore"]
 """What a failed child does to the scope."""
 
-Kind = Literal["inline", "deployment"]
-"""Where a child runs: in this process, or wherever its deployment's runner is."""
+Kind = Literal["inline", "process", "deployment", "adopted"]
+"""Where a child runs: in this process, in one of ours, or wherever its deployment's runner is.
+
+An adopted one runs wherever somebody else has started it.
+"""
 
 Outcome = Literal[
     "completed", "failed", "crashed", "timed_out", "cancelled", "abandoned", "detached"
@@ -43,6 +49,11 @@ Source = Literal[
     "parent_crashed",
     "parent_lost",
     "deadline",
+    "lost_race",
+    "restart",
+    "predecessor_failed",
+    "superseded",
+    "parent_suspended",
     "unknown",
 ]
 """Who asked for a cancellation."""
@@ -52,6 +63,16 @@ ReceiptStatus = Literal["cancelled", "completed", "failed", "detached", "forced"
 
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 ACTIONS: tuple[Action, ...] = get_args(Action)
+
+
+Isolation = Literal["none", "process"]
+"""Whether an inline flow runs in this process, or in one of its own that can be ended."""
+
+Reuse = Literal["never", "completed"]
+"""What a spawn does with the run that an earlier attempt has completed under the same key."""
+
+REUSES: tuple[Reuse, ...] = get_args(Reuse)
+ISOLATIONS: tuple[Isolation, ...] = get_args(Isolation)
 
 
 class FlowLike(Protocol[R_co]):
@@ -78,6 +99,10 @@ class SpawnOptions(TypedDict, total=False):
     scheduled_time: datetime | None
     timeout_seconds: float | None
     on_parent: OnParent | None
+    restart: Restart | None
+    after: Sequence[Child[Any]] | None
+    reuse: Reuse
+    isolation: Isolation
 
 
 @attrs.frozen(kw_only=True)
@@ -154,6 +179,7 @@ class TeardownReport:
         seconds: How long it took.
         receipts: One for each descendant that teardown dealt with, direct children first.
         delegated_to: The ancestor run whose own teardown verifies this subtree, if any.
+        finalizer_errors: What went wrong in callbacks of `supervisor.on_teardown`, a line each.
     """
 
     flow_name: str
@@ -164,6 +190,7 @@ class TeardownReport:
     seconds: float
     receipts: tuple[Receipt, ...]
     delegated_to: UUID | None = None
+    finalizer_errors: tuple[str, ...] = ()
 
     @property
     def unverified(self) -> tuple[Receipt, ...]:
@@ -181,7 +208,11 @@ class TeardownReport:
             return self
         named = {receipt.flow_run_id for receipt in self.receipts}
         kept = (receipt for receipt in earlier.receipts if receipt.flow_run_id not in named)
-        return attrs.evolve(self, receipts=(*kept, *self.receipts))
+        return attrs.evolve(
+            self,
+            receipts=(*kept, *self.receipts),
+            finalizer_errors=(*earlier.finalizer_errors, *self.finalizer_errors),
+        )
 
     def counts(self) -> dict[ReceiptStatus, int]:
         """How many runs ended in each way, most frequent first."""
@@ -198,7 +229,8 @@ class TeardownReport:
         )
         if self.delegated_to is not None:
             head += f"; verified by run {self.delegated_to}"
-        return "\n".join([head, *(f"  {receipt}" for receipt in self.receipts)])
+        failed = (f"  finalizer  {error}" for error in self.finalizer_errors)
+        return "\n".join([head, *(f"  {receipt}" for receipt in self.receipts), *failed])
 
 
 @attrs.frozen(kw_only=True)
@@ -213,6 +245,11 @@ class ScopeOptions:
         max_concurrent: Children launched and not over at any one time; `None` for no limit.
         lease_seconds: Seconds without a sign of life from this process after which its children
             elsewhere take it for dead.
+        restart: Limits within which children that fail or crash are restarted; `None` for never.
+        requests_per_minute: How many requests this process's supervision may make in a minute;
+            `None` for no limit.
+        deadline_seconds: Seconds from the body's beginning after which the scope is torn down;
+            `None` for no limit of its own.
     """
 
     grace_seconds: float = 20.0
@@ -220,6 +257,9 @@ class ScopeOptions:
     on_parent: Mapping[Cause, Action] = attrs.field(factory=lambda: DEFAULT_ON_PARENT)
     on_child_failure: OnChildFailure = "cancel_siblings"
     max_concurrent: int | None = None
+    restart: Restart | None = None
+    deadline_seconds: float | None = None
+    requests_per_minute: int | None = None
 
 
 DEFAULT_ON_PARENT: Mapping[Cause, Action] = {

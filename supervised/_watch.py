@@ -6,6 +6,8 @@ is dropped costs latency, and one that is repeated, late or replayed costs a rea
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from prefect.client.schemas.objects import State, StateType
 
-from supervised import _clock, _telemetry
+from supervised import _clock, _identity, _telemetry
+from supervised._budget import Priority, priority
+from supervised._errors import SpawnError
 from supervised._log import get_logger
 from supervised._policy import outcome_of
 
@@ -32,8 +36,12 @@ logger = get_logger("prefect.supervised.watch")
 
 _POLL_SECONDS = 10.0  # while events flow: only a safety net
 _POLL_WITHOUT_EVENTS_SECONDS = 1.5
+# Reading a page of 200 takes a server 0.3 s: of thousands of children, that is its whole time.
+_POLL_SHARE = 0.05
+_POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02
 _RECONNECT_SECONDS = 2.0
+_CRASH_SECONDS = 3.0  # in which whoever reschedules a crashed run has done so
 _NEW = {StateType.SCHEDULED, StateType.PENDING}
 _TERMINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
 
@@ -44,6 +52,7 @@ class Watcher:
     def __init__(self, api: Orchestrator) -> None:
         self._api = api
         self._children: dict[UUID, Child[Any]] = {}
+        self._crashes: dict[UUID, tuple[UUID, float]] = {}  # states, and when they were first seen
         self._owners: dict[UUID, Callable[[FlowRun], None]] = {}
         self._others: dict[UUID, list[OnRead]] = {}
         self._paces: dict[tuple[UUID, OnRead], float] = {}
@@ -56,11 +65,17 @@ class Watcher:
         self.news = 0  # ends and new runs that the stream has told of, in any tree we subscribe to
         self._heard: set[UUID] = set()  # ends that the stream told of since the last poll
         self._unheard: set[UUID] = set()  # ends that only the last poll has found
+        self._poll_cost = 0.0  # seconds that the last poll took
 
     def watch(self, child: Child[Any]) -> None:
         """Follow a child whose run exists."""
         assert child.flow_run_id is not None
         self._children[child.flow_run_id] = child
+
+    def unwatch(self, run_id: UUID) -> None:
+        """Stop following a child's run."""
+        self._children.pop(run_id, None)
+        self._crashes.pop(run_id, None)
 
     def watch_owner(self, run_id: UUID, tag: str, on_change: Callable[[FlowRun], None]) -> None:
         """Follow a scope's own run, and all runs with its tree's tag."""
@@ -105,8 +120,13 @@ class Watcher:
         self._hinted.add(run_id)
         self._wake_reader.set()
 
-    def apply(self, run: FlowRun) -> None:
-        """Take over what a read says of a run."""
+    def apply(self, run: FlowRun, *, at_once: bool = False) -> None:
+        """Take over what a read says of a run.
+
+        Args:
+            run: The run, as just read.
+            at_once: Whether a crash counts though somebody may yet reschedule the run.
+        """
         if (on_change := self._owners.get(run.id)) is not None:
             on_change(run)
         for listen in list(self._others.get(run.id, ())):
@@ -114,20 +134,39 @@ class Watcher:
         child = self._children.get(run.id)
         if child is None or run.state is None:
             return
+        if child.keeper is not None and _identity.keeper_of(run) != child.keeper:
+            self.unwatch(run.id)
+            message = f"Run {run.name!r} ({run.id}) is not ours: another run has adopted it as well"
+            child.settle("failed", state=run.state, exception=SpawnError(message, child=child.name))
+            return
         outcome = outcome_of(run.state, asked=child.cancel_reason is not None)
-        if outcome is None:
+        is_held = outcome == "crashed" and not at_once and self._may_come_back(child, run)
+        if outcome is None or is_held:
             child.observe(run.state)
             self._ask_inline(child, run.state)
-        elif child.kind != "inline":
-            self._children.pop(run.id, None)
+        elif not child.is_local:
+            self.unwatch(run.id)
             child.settle(outcome, state=run.state)
         elif child.is_over:
             self._children.pop(run.id, None)
 
+    def _may_come_back(self, child: Child[Any], run: FlowRun) -> bool:
+        """Whether a crash is so fresh that an automation or the infrastructure may yet undo it."""
+        if child.is_local or run.state is None:
+            return False
+        known = self._crashes.get(run.id)
+        if known is None or known[0] != run.state.id:
+            known = self._crashes[run.id] = (run.state.id, _clock.monotonic())
+            asyncio.get_running_loop().call_later(_CRASH_SECONDS, self.hint, run.id)
+        if _clock.monotonic() - known[1] < _CRASH_SECONDS:
+            return True
+        del self._crashes[run.id]
+        return False
+
     @staticmethod
     def _ask_inline(child: Child[Any], state: State) -> None:
         """Cancel an inline child whose run somebody set to `Cancelling`: no runner will."""
-        if child.kind == "inline" and state.is_cancelling() and child.cancel_reason is None:
+        if child.is_local and state.is_cancelling() and child.cancel_reason is None:
             child.cancel(state.message or "its run was set to Cancelling")
 
     async def run(self) -> None:
@@ -183,7 +222,7 @@ class Watcher:
         if child is None and event.run_id not in self._owners and event.run_id not in self._others:
             return
         is_asked = event.state_type == StateType.CANCELLING and (
-            child is None or child.kind == "inline"  # a runner hears of it, or we must tell
+            child is None or child.is_local  # a runner hears of it, or we must tell
         )
         if event.state_type in _TERMINAL or is_asked:
             self.hint(event.run_id)
@@ -204,17 +243,34 @@ class Watcher:
                 for run_id in hinted:
                     self.hint(run_id)
 
+    @property
+    def _poll_seconds(self) -> float:
+        """How long nothing has to be read: longer, the longer it takes."""
+        if self._connected:
+            return max(_POLL_SECONDS, self._poll_cost / _POLL_SHARE)
+        return max(_POLL_WITHOUT_EVENTS_SECONDS, self._poll_cost / _POLL_SHARE_WITHOUT_EVENTS)
+
     async def _poll(self) -> None:
+        polled = _clock.monotonic()
         while True:
-            seconds = _POLL_SECONDS if self._connected else _POLL_WITHOUT_EVENTS_SECONDS
-            await anyio.sleep(min([seconds, *self._paces.values()]))
-            if self._unheard:
-                self._distrust()
-            before = set(self._children)
-            await self.refresh({*before, *self._owners, *self._others})
-            if self._connected:
-                self._unheard = before - set(self._children) - self._heard
-            self._heard.clear()
+            due = polled + self._poll_seconds - _clock.monotonic()
+            pace = min(self._paces.values(), default=math.inf)
+            await anyio.sleep(max(0.0, min(due, pace)))
+            if pace < due:
+                await self.refresh(set(self._others))
+                continue
+            polled = _clock.monotonic()
+            await self._poll_all()
+            self._poll_cost = _clock.monotonic() - polled
+
+    async def _poll_all(self) -> None:
+        if self._unheard:
+            self._distrust()
+        before = set(self._children)
+        await self.refresh({*before, *self._owners, *self._others})
+        if self._connected:
+            self._unheard = before - set(self._children) - self._heard
+        self._heard.clear()
 
     def _distrust(self) -> None:
         """Open a new stream: one that is open but silent looks like one with nothing to say."""
@@ -228,7 +284,9 @@ class Watcher:
         if not run_ids:
             return True
         try:
-            with _telemetry.unobserved():
+            concerns_owner = not self._owners.keys().isdisjoint(run_ids)
+            value = Priority.LIFE if concerns_owner else Priority.POLL
+            with _telemetry.unobserved(), priority(value):
                 runs = await self._api.read_runs(run_ids)
         except Exception:
             logger.debug("Could not read %d runs; trying again", len(run_ids), exc_info=True)
@@ -244,7 +302,7 @@ class Watcher:
         for listen in list(self._others.get(run_id, ())):
             listen(run_id, None)
         child = self._children.pop(run_id, None)
-        if child is not None and child.kind != "inline":
+        if child is not None and not child.is_local:
             gone = LookupError("its flow run was deleted from the server")
             child.settle("crashed", exception=gone)
 

@@ -63,13 +63,13 @@ def runner(server: LocalServer) -> Iterator[None]:
     """A runner that serves every flow of tests/flows/tree.py as *name/test*."""
     command = [sys.executable, "serve.py"]
     env = {**server.env, **_RUNNER_ENV}
-    with running(command, env=env, log=server.home / "runner.log", cwd=FLOWS):
-        with get_client(sync_client=True) as client:
-            eventually(
-                lambda: len(client.read_deployments()) >= 12,
-                seconds=90,
-                what="the deployments are served",
-            )
+    log = server.home / "runner.log"
+    with running(command, env=env, log=log, cwd=FLOWS):
+        eventually(
+            lambda: "being served" in log.read_text(errors="replace"),
+            seconds=90,
+            what="the deployments are served",
+        )
         yield
 
 

@@ -10,10 +10,12 @@ import anyio
 import httpx
 from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Pending, Scheduled
+from prefect.states import Cancelled, Crashed, Pending, Scheduled
 
 from supervised._api import Ack
+from supervised._budget import RequestBudget
 from supervised._errors import DeploymentNotFoundError
+from supervised._pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from prefect.flows import Flow
 
     from supervised._api import Deployment, RunEvent, RunRequest
+    from supervised._stall import Limit
     from supervised.testing._faults import Dice
     from supervised.testing._server import Change, Server
     from supervised.testing._virtual import VirtualLoop
@@ -135,6 +138,8 @@ class FakeOrchestrator:
         self._dice = dice
         self._is_over = is_over
         self._streams: list[Stream] = []
+        self.budget = RequestBudget()
+        self.pace = Pace()
         self.requests = 0
         """How many requests were made, repetitions included."""
 
@@ -156,6 +161,7 @@ class FakeOrchestrator:
 
     async def _attempt(self, act: Callable[[], T]) -> T:
         faults = self._dice.faults
+        await self.budget.take()
         self.requests += 1
         if self._is_over():
             raise asyncio.CancelledError
@@ -265,8 +271,10 @@ class FakeOrchestrator:
 
         return await self.call(lambda: [ask(run_id) for run_id in run_ids])
 
-    async def close_run(self, run_id: UUID, message: str) -> State[Any] | None:
-        state: State[Any] = State(type=StateType.CANCELLED, name="Cancelled", message=message)
+    async def close_run(
+        self, run_id: UUID, message: str, *, crashed: bool = False
+    ) -> State[Any] | None:
+        state: State[Any] = (Crashed if crashed else Cancelled)(message=message)
         return await self.call(lambda: self._server.propose(run_id, state).state)
 
     async def nudge(self, run_id: UUID) -> None:
@@ -275,8 +283,17 @@ class FakeOrchestrator:
     async def server_time(self) -> datetime | None:
         return await self.call(self._server.time)
 
+    async def read_limits(self, run: FlowRun) -> list[Limit]:
+        return self._server.limits.get(run.deployment_id, [])
+
     async def label(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
         await self.call(lambda: self._server.label(run_id, labels))
+
+    async def label_for_good(self, run_id: UUID, labels: Mapping[str, Any]) -> None:
+        await self.label(run_id, labels)
+
+    async def tag(self, run_id: UUID, tags: Sequence[str]) -> None:
+        await self.call(lambda: self._server.tag(run_id, tags))
 
     async def cut_loose(self, run: FlowRun, labels: Mapping[str, Any]) -> None:
         await self.label(run.id, labels)

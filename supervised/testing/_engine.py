@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging.loggers import flow_run_logger
+from prefect.results import ResultRecord  # type: ignore[attr-defined]  # it re-exports it
 from prefect.states import AwaitingRetry, Completed, Crashed, Failed, Running
 from prefect.utilities.callables import get_call_parameters
 
@@ -130,6 +131,9 @@ class Engine:
         with _context(flow, run, parameters), anyio.move_on_after(seconds) as scope:
             try:
                 return _state_of(await flow.fn(**parameters))
+            except TimeoutError as exc:
+                message = f"Flow run failed due to timeout: {exc!r}"
+                return Failed(name="TimedOut", message=message, data=exc)
             except Exception as exc:
                 return _failed(exc)
         assert scope.cancelled_caught
@@ -162,7 +166,11 @@ def _context(flow: Flow[..., Any], run: FlowRun, parameters: Mapping[str, Any]) 
 
 
 def _state_of(result: Any) -> State[Any]:
-    return result if isinstance(result, State) else Completed(data=result)
+    if isinstance(result, State):
+        return result
+    # As the engine keeps it: `None` is a result too.
+    record: ResultRecord[Any] = ResultRecord.model_construct(result=result)
+    return Completed(data=record)
 
 
 def _failed(exc: Exception) -> State[Any]:

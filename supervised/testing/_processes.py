@@ -109,6 +109,10 @@ class FakeProcess:
 
     # -- what supervision asks of the process it runs in ------------------------------------------
 
+    starts_processes = (
+        False  # there is one process in all: a child's code runs where it was spawned
+    )
+
     def acquire_plane(self, services: Callable[[], AbstractAsyncContextManager[S]]) -> Plane[S]:
         if self._plane is None or self._plane.users == 0:
             self._plane = _LoopPlane(services, self.loop, _fresh_context(self))

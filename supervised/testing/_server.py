@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from datetime import datetime
 
+    from supervised._stall import Limit
     from supervised.testing._virtual import VirtualLoop
 
 _NEVER_FROM_TERMINAL = {StateType.CANCELLING, StateType.PAUSED, StateType.CRASHED}
@@ -57,6 +58,7 @@ class Server:
         self._ids = 0
         self.runs: dict[UUID, FlowRun] = {}
         self.deployments: dict[UUID, Deployment] = {}
+        self.limits: dict[UUID | None, list[Limit]] = {}  # of deployments
         self.flow_ids: dict[str, UUID] = {}
         self.on_change: list[Callable[[Change], None]] = []
         self.on_nudge: list[Callable[[UUID], None]] = []
@@ -128,6 +130,7 @@ class Server:
         known = self._of_key.get((flow_id, idempotency_key)) if idempotency_key else None
         if known is not None and known in self.runs:
             return self.read(known)
+        due: Any = state.state_details.scheduled_time or self._loop.utc_now()
         run = FlowRun(
             id=self.new_id(),
             flow_id=flow_id,
@@ -139,6 +142,7 @@ class Server:
             idempotency_key=idempotency_key,
             parent_task_run_id=parent_task_run_id,
             run_count=0,
+            expected_start_time=due,
         )
         self.runs[run.id] = run
         if idempotency_key:
@@ -199,6 +203,15 @@ class Server:
         """
         self.read(run_id)
         self._put(self.runs[run_id], labels={**self.runs[run_id].labels, **labels})
+
+    def tag(self, run_id: UUID, tags: Sequence[str]) -> None:
+        """Replace the tags of a run.
+
+        Raises:
+            ObjectNotFound: If there is none.
+        """
+        self.read(run_id)
+        self._put(self.runs[run_id], tags=list(tags))
 
     def delete(self, run_id: UUID) -> None:
         """Delete a run."""

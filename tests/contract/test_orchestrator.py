@@ -291,6 +291,49 @@ def test_a_running_run_has_a_start_and_a_count(stage):
     stage.act(test)
 
 
+def test_many_runs_that_are_created_at_once_are_like_one_that_is_created_alone(stage):
+    async def test(stage):
+        parent = stage.new_parent()
+        alone = await a_child(stage, parent, name="alone")
+        many = await asyncio.gather(*(a_child(stage, parent, name=f"n-{i}") for i in range(15)))
+        runs = {run.name: run for run in await stage.api.read_runs([alone, *many])}
+        assert set(runs) == {"alone", *(f"n-{i}" for i in range(15))}
+        model = runs["alone"]
+        for run in runs.values():
+            assert run.state.type == StateType.SCHEDULED
+            assert run.parameters == model.parameters == {"part": 1}
+            assert set(run.tags) == set(model.tags)
+            assert run.deployment_id == model.deployment_id
+            assert run.labels["supervised.parent"] == str(parent)
+        assert await stage.api.read_parents(runs.values()) == dict.fromkeys([alone, *many], parent)
+
+    stage.act(test)
+
+
+def test_of_many_runs_that_are_created_at_once_each_is_made_once_for_its_key(stage):
+    async def test(stage):
+        parent = stage.new_parent()
+        keys = [f"k-{i % 12}" for i in range(24)]
+        first = await asyncio.gather(*(a_child(stage, parent, key=key) for key in keys))
+        again = await asyncio.gather(*(a_child(stage, parent, key=key) for key in keys))
+        assert first[:12] == first[12:] == again[:12] == again[12:]
+        assert len(await stage.api.read_children([parent])) == 12
+
+    stage.act(test)
+
+
+def test_a_run_that_is_not_linked_has_no_parent_though_its_neighbours_have(stage):
+    async def test(stage):
+        parent = stage.new_parent()
+        many = [a_child(stage, parent, is_linked=i != 2) for i in range(15)]
+        made = await asyncio.gather(*many)
+        assert len(await stage.api.read_children([parent])) == 14
+        (alone,) = await stage.api.read_runs([made[2]])
+        assert alone.parent_task_run_id is None
+
+    stage.act(test)
+
+
 def test_labels_are_added_to_those_that_are_there(stage):
     async def test(stage):
         parent = stage.new_parent()
@@ -300,6 +343,28 @@ def test_labels_are_added_to_those_that_are_there(stage):
         (run,) = await stage.api.read_runs([run_id])
         assert run.labels["more"] == "still"
         assert run.labels["supervised.parent"] == str(parent)
+
+    stage.act(test)
+
+
+def test_labels_and_tags_can_be_given_to_a_run_for_good(stage):
+    async def test(stage):
+        parent = stage.new_parent()
+        run_id = await a_child(stage, parent)
+        await stage.api.label_for_good(run_id, {"more": "yes"})
+        await stage.api.tag(run_id, ["one", "two"])
+        (run,) = await stage.api.read_runs([run_id])
+        assert run.labels["more"] == "yes"
+        assert set(run.tags) == {"one", "two"}
+
+    stage.act(test)
+
+
+def test_a_run_without_limits_has_none_and_is_due_at_once(stage):
+    async def test(stage):
+        (run,) = await stage.api.read_runs([await a_child(stage, stage.new_parent())])
+        assert await stage.api.read_limits(run) == []
+        assert abs(run.expected_start_time - stage.now()) < timedelta(seconds=SECONDS)
 
     stage.act(test)
 

@@ -9,7 +9,7 @@ from prefect import flow, task
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
-from prefect.flow_engine import run_flow
+from prefect.flow_engine import run_flow, run_flow_in_subprocess
 from prefect.utilities.engine import capture_sigterm
 
 from supervised import _compat
@@ -24,6 +24,11 @@ def test_the_traceparent_label_has_prefects_name():
 def test_run_flow_takes_a_flow_run_and_returns_a_state():
     parameters = inspect.signature(run_flow).parameters
     assert {"flow", "flow_run", "parameters", "return_type"} <= set(parameters)
+
+
+def test_a_flow_can_be_run_in_a_process_of_its_own_under_a_run_that_exists():
+    parameters = inspect.signature(run_flow_in_subprocess).parameters
+    assert {"flow", "flow_run", "parameters", "context", "env"} <= set(parameters)
 
 
 def test_the_intent_of_a_runner_can_be_read():

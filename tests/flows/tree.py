@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import prefect.runtime
-from prefect import flow, task
+from prefect import flow, suspend_flow_run, task
 from prefect.deployments import run_deployment
 
 from supervised import supervised_flow, supervisor
@@ -35,9 +35,43 @@ def leaf(folder: str, seconds: float = 300, part: int = 0) -> int:
 
 
 @flow(persist_result=True)
-def persisted(folder: str, part: int = 0) -> int:
+def persisted(folder: str, part: int = 0, waits: bool = False) -> int:
     mark(folder)
+    while waits and not asked(folder, f"finish-{part}"):
+        time.sleep(0.05)
     return part * 10
+
+
+@supervised_flow(persist_result=True)
+async def suspends(folder: str) -> int:
+    mark(folder)
+    child = supervisor.spawn("persisted/test", {"folder": folder, "part": 3, "waits": True})
+    local = supervisor.spawn(sleeps_here, {"folder": folder}, isolation="process")
+    while child.flow_run_id is None or local.flow_run_id is None:
+        await asyncio.sleep(0.05)
+    with (Path(folder) / "children").open("a") as found:
+        found.write(f"{child.flow_run_id}\n")
+    if not asked(folder, "resumed"):
+        while not asked(folder, "local"):
+            await asyncio.sleep(0.05)
+        await suspend_flow_run(timeout=600)
+    result = await child
+    local.cancel()
+    return result
+
+
+@supervised_flow
+async def nests(folder: str, depth: int = 1) -> None:
+    mark(folder)
+    if depth:
+        await supervisor.spawn("nests/test", {"folder": folder, "depth": depth - 1})
+
+
+@flow
+def sleeps_here(folder: str) -> None:
+    """Run until it is ended, in a process that its parent has started."""
+    (Path(folder) / "local").write_text(str(os.getpid()))
+    time.sleep(3600)
 
 
 @flow
@@ -164,6 +198,8 @@ SERVED = [
     top,
     leaf,
     persisted,
+    suspends,
+    nests,
     mid,
     mid_sync,
     mid_plain,

@@ -771,7 +771,7 @@ def test_a_key_that_an_earlier_attempt_used_up_gets_a_new_generation():
         scope = supervised._context.current_supervisor.get()
         first = scope.spawn(double, {"x": 1}, key="a")
         await first
-        again = supervised._supervisor.Supervisor(scope._options, scope.flow, scope._context)
+        again = supervised._supervisor.Supervisor(scope.options, scope.flow, scope._context)
         second = again.spawn(double, {"x": 1}, key="a")
         await second
         again.close("completed", None)

@@ -129,7 +129,7 @@ def test_a_scope_covers_its_children_and_they_cover_their_runs(day: Played) -> N
 def test_a_detached_childs_span_ends_once_its_run_exists(day: Played) -> None:
     """It says that work was handed over; nobody here waits for how that work ends."""
     audit = day.span("child audit")
-    assert audit.end < day.span("child load").end
+    assert audit.end < day.span("audit").end
     assert audit.event_names == ["supervised.child.created", "supervised.child.detached"]
 
 

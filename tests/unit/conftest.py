@@ -23,7 +23,9 @@ def _make_child(**overrides):
         "ask_cancel": lambda child, reason: None,
         "ask_detach": lambda child: None,
     }
-    return Child(**{**options, **overrides})
+    child = Child(**{**options, **overrides})
+    child.attempt.is_queued = False
+    return child
 
 
 async def _until(question):
@@ -39,7 +41,7 @@ def until():
 
 @pytest.fixture(scope="session")
 def make_child():
-    """A function that builds a child which answers to nobody; keywords override."""
+    """A function that builds a launched child which answers to nobody; keywords override."""
     return _make_child
 
 

@@ -534,7 +534,7 @@ def test_a_child_that_is_over_cannot_be_cancelled(make_child):
 
 def test_a_child_that_waits_for_its_slot_is_cancelled_at_once(make_child):
     child = make_child()
-    child.is_queued = True
+    child.attempt.is_queued = True
     assert child.mark_cancel(ASKED)
     assert child.outcome == "cancelled"
 

@@ -57,6 +57,11 @@ def backwards(value):
     return value
 
 
+def run_with(labels, key=None):
+    """A run with these labels and this idempotency key."""
+    return FlowRun(flow_id=A, labels=labels, idempotency_key=key)
+
+
 def as_work(target, given_parameters):
     """A form in which work is equal exactly when its JSON is: 1, 1.0 and True are not."""
 
@@ -219,7 +224,7 @@ def test_a_policy_that_cannot_be_read_is_no_policy(labels, stated):
 @given(lineages, st.text(), st.integers(0, 10**6))
 def test_labels_and_idempotency_key_together_prove_that_a_run_is_ours(lineage, key, generation):
     labels = child_labels(lineage, key=key, generation=generation, on_parent=DEFAULT_ON_PARENT)
-    assert is_ours(labels, idempotency_key(lineage.run_id, key, generation))
+    assert is_ours(run_with(labels, idempotency_key(lineage.run_id, key, generation)))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +240,7 @@ def test_labels_and_idempotency_key_together_prove_that_a_run_is_ours(lineage, k
     ids=str,
 )
 def test_either_alone_proves_nothing(labels, key):
-    assert not is_ours(labels, key)
+    assert not is_ours(run_with(labels, key))
 
 
 # -- marks --------------------------------------------------------------------------------------

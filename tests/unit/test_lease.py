@@ -5,11 +5,14 @@ from uuid import uuid4
 
 from prefect.client.schemas.objects import FlowRun
 
+from supervised._budget import RequestBudget
 from supervised._lease import LeaseHolder
 
 
 class Unanswering:
     """A server that takes requests and never answers."""
+
+    budget = RequestBudget()
 
     def __init__(self):
         self.asked = asyncio.Event()

@@ -23,6 +23,7 @@ from supervised import (
     supervisor,
 )
 from supervised._lease import LeaseHolder
+from supervised._lifecycle import Lifecycle
 from supervised._link import Link
 from supervised._own_run import OwnRun
 from supervised._registry import Registry
@@ -372,6 +373,20 @@ def test_a_detached_run_takes_its_own_tree_along():
         prefect.until(lambda: leaf.state.is_cancelling(), within=LATER)
 
 
+def test_a_teardown_that_breaks_down_is_told_and_nobody_waits_for_it(monkeypatch, caplog):
+    async def broken(_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Teardown, "run", broken)
+    with world(plain_night) as prefect:
+        root = started(prefect, 2)
+        root.cancel()
+        prefect.until(lambda: not root.is_alive, within=60)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "The teardown itself failed" in told
+    assert any("may still be alive: score/gpu" in line for line in told)
+
+
 # -- what a teardown leaves alone, and what it must not ------------------------------------------
 
 
@@ -607,10 +622,10 @@ SWITCHES = [
         "_sweep",
         nothing_async,
     ),
-    (test_a_detached_child_outlives_its_parent, Supervisor, "_cut_loose", nothing_async),
+    (test_a_detached_child_outlives_its_parent, Lifecycle, "_cut_loose", nothing_async),
     (
         test_a_detached_child_outlives_a_parent_that_is_killed,
-        Supervisor,
+        Lifecycle,
         "_cut_loose",
         nothing_async,
     ),

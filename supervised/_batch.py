@@ -1,0 +1,103 @@
+"""What is asked for in the same instant, asked for in one request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Hashable, Sequence
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_COLLECT_SECONDS = 0.01  # in which a loop that spawns has spawned dozens
+
+
+class Batches(Generic[T, R]):
+    """Collects items while a request is under way, and sends them all with the next one.
+
+    One alone waits for next to nothing, and a thousand make a few requests, one after another,
+    instead of a thousand connections. Lives in one event loop; there is a task only while there
+    is something to send.
+
+    Args:
+        send: Makes one request for items of one kind. Returns what each has led to, in their
+            order: a result, or an exception. What it raises is what all of them have led to.
+        limit: How many items one request may carry.
+    """
+
+    def __init__(
+        self, send: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]], *, limit: int
+    ) -> None:
+        self._send = send
+        self._limit = limit
+        self._waiting: dict[Hashable, deque[tuple[T, asyncio.Future[R]]]] = {}
+        self._sender: asyncio.Task[None] | None = None
+
+    async def submit(self, kind: Hashable, item: T) -> R:
+        """Have an item sent together with others of its kind, and return what it has led to.
+
+        Who is cancelled here before the item is sent takes it back; afterwards the request goes
+        on for the sake of the others.
+
+        Raises:
+            Exception: What the item, or the whole request, has led to.
+        """
+        answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(kind, deque()).append((item, answer))
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send_all())
+        return await answer
+
+    async def close(self) -> None:
+        """Send nothing more; who still waits is cancelled."""
+        if self._sender is not None:
+            self._sender.cancel()
+            await asyncio.wait([self._sender])
+
+    async def _send_all(self) -> None:
+        try:
+            await asyncio.sleep(_COLLECT_SECONDS)
+            while self._waiting:
+                await self._send_some()
+        finally:
+            self._sender = None
+            for _, answer in [entry for queue in self._waiting.values() for entry in queue]:
+                answer.cancel()
+            self._waiting.clear()
+
+    async def _send_some(self) -> None:
+        """Send what waits of the kind that came first, as much as one request may carry."""
+        kind, queue = next(iter(self._waiting.items()))
+        batch: list[tuple[T, asyncio.Future[R]]] = []
+        while queue and len(batch) < self._limit:
+            item, answer = queue.popleft()
+            if not answer.done():
+                batch.append((item, answer))
+        del self._waiting[kind]
+        if queue:
+            self._waiting[kind] = queue  # the other kinds have their turn first
+        if batch:
+            await self._answer(batch)
+
+    async def _answer(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
+        answers = [answer for _, answer in batch]
+        pairs: Sequence[tuple[asyncio.Future[R], R | Exception]]
+        try:
+            results = await self._send([item for item, _ in batch])
+            pairs = list(zip(answers, results, strict=True))
+        except Exception as exc:
+            pairs = [(answer, exc) for answer in answers]
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        for answer, result in pairs:
+            if answer.done():
+                continue
+            if isinstance(result, Exception):
+                answer.set_exception(result)
+            else:
+                answer.set_result(result)

@@ -1,0 +1,185 @@
+"""Many runs in few requests: what the launch of many children asks of the server.
+
+By one request each, a run of a deployment costs three: its tracking task run, itself, and what the
+client asks before. In bulk a hundred cost five or so. Nothing here has to succeed: what the server
+has not made in bulk, whatever the reason, is left to be asked for by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import anyio
+import attrs
+from prefect.client.schemas.actions import DeploymentFlowRunCreate
+from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterId
+from prefect.client.schemas.objects import TaskRun
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Pending, Scheduled, to_state_create
+
+from supervised import _clock
+from supervised import _compat as compat
+from supervised._log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+    from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.tasks import Task
+
+    from supervised._api import Deployment, RunRequest
+
+logger = get_logger("prefect.supervised.launch")
+
+LIMIT = 100
+"""How many runs one request may create (server/api/deployments.py, `BULK_CREATE_LIMIT`)."""
+
+_FEW = 10  # fewer are quicker one by one: a busy server may take seconds to record events
+_PAGE = 200
+_PAUSES = (0.0, 0.2, 0.5)  # before each attempt: on SQLite a writer in between makes all of it fail
+_RECORDED_SECONDS = 3.0
+_RECORDED_SECONDS_EACH = 0.05  # a busy server needs 20 ms
+_LOOK_SECONDS = 0.05
+_LOOK_SECONDS_EACH = 0.004
+_MISSING = {403, 404, 405, 501}
+
+
+@attrs.define
+class BulkCreation:
+    """Creates runs of deployments in bulk, as long as the server offers that.
+
+    Args:
+        client: The client.
+        one_write: What lets one write through at a time.
+        read_runs: Reads runs by their ids.
+        tracking_task: Returns the task whose run links a child of a deployment to its parent.
+    """
+
+    _client: PrefectClient
+    _one_write: anyio.CapacityLimiter
+    _read_runs: Callable[[Iterable[UUID]], Awaitable[list[FlowRun]]]
+    _tracking_task: Callable[[Deployment], Task[..., Any]]
+    _is_offered: bool = True
+    _records_events: bool = True
+
+    async def create(
+        self, deployment: Deployment, requests: Sequence[RunRequest]
+    ) -> dict[str, FlowRun]:
+        """Create those runs that can be created in bulk.
+
+        Returns:
+            Each run by the idempotency key of its request. What is missing has to be asked for by
+            itself, which also tells why.
+        """
+        if len(requests) < _FEW or not self._is_offered:
+            return {}
+        linked = [request for request in requests if request.is_linked]
+        tracked = await self._track(deployment, linked)
+        ready = [
+            request
+            for request in requests
+            if not request.is_linked or request.tracking_id in tracked
+        ]
+        found: dict[str, FlowRun] = {}
+        for pause in _PAUSES:
+            missing = [request for request in ready if request.idempotency_key not in found]
+            if len(missing) < _FEW or not self._is_offered:
+                break
+            await anyio.sleep(pause)
+            # Read, not believed: where one of them fails for the database's sake, the whole
+            # transaction is gone, whatever the answer says of the others.
+            made = await self._read_runs(await self._create(deployment, missing))
+            found |= {str(run.idempotency_key): run for run in made}
+        return found
+
+    async def _create(self, deployment: Deployment, requests: Sequence[RunRequest]) -> list[UUID]:
+        try:
+            async with self._one_write:
+                response = await self._client.request(
+                    "POST",
+                    _BULK_ROUTE,
+                    path_params={"id": deployment.id},
+                    json=[create_body(request) for request in requests],
+                )
+        except PrefectHTTPStatusError as exc:
+            logger.debug("Creating %d runs in bulk failed", len(requests), exc_info=True)
+            if exc.response.status_code in _MISSING:
+                self._is_offered = False  # before 3.6.16, or not offered here
+            return []
+        results = response.json()["results"]
+        if errors := {result["error"] for result in results if result["error"]}:
+            logger.debug("Not created in bulk: %s", errors)
+        return [UUID(result["flow_run_id"]) for result in results if result["flow_run_id"]]
+
+    # -- tracking -------------------------------------------------------------------------------
+
+    async def _track(self, deployment: Deployment, requests: Sequence[RunRequest]) -> set[UUID]:
+        """Have tracking task runs recorded, as all task runs of Prefect 3 are: from events.
+
+        A run is refused if its task run is not there yet, so it is waited for.
+
+        Returns:
+            The ids of those that the server has recorded.
+        """
+        if not self._records_events or not requests:
+            return set()
+        task = self._tracking_task(deployment)
+        events = [compat.task_run_event(tracking_task_run(task, each)) for each in requests]
+        try:
+            async with self._one_write:
+                await self._client.request("POST", "/events", json=events)
+        except PrefectHTTPStatusError:
+            logger.debug("Sending %d events failed", len(events), exc_info=True)
+            self._records_events = False
+            return set()
+        recorded = await self._wait_until_recorded([each.tracking_id for each in requests])
+        self._records_events = bool(recorded)
+        return recorded
+
+    async def _wait_until_recorded(self, ids: Sequence[UUID]) -> set[UUID]:
+        """Count until all are there, which costs the server little; read only if some are not."""
+        until = _clock.monotonic() + _RECORDED_SECONDS + len(ids) * _RECORDED_SECONDS_EACH
+        chosen = TaskRunFilter(id=TaskRunFilterId(any_=list(ids)))
+        body = {"task_runs": chosen.model_dump(mode="json", exclude_unset=True)}
+        while _clock.monotonic() < until:
+            await anyio.sleep(max(_LOOK_SECONDS, len(ids) * _LOOK_SECONDS_EACH))
+            response = await self._client.request("POST", "/task_runs/count", json=body)
+            if response.json() == len(ids):
+                return set(ids)
+        task_runs = await self._client.read_task_runs(task_run_filter=chosen, limit=_PAGE)
+        return {task_run.id for task_run in task_runs}
+
+
+_BULK_ROUTE: Any = "/deployments/{id}/create_flow_run/bulk"  # not in the client's Literal of routes
+
+
+def create_body(request: RunRequest) -> dict[str, Any]:
+    """Return what the server is sent for one run, as `create_flow_run_from_deployment` does."""
+    body = DeploymentFlowRunCreate(
+        parameters=dict(request.parameters),
+        state=to_state_create(Scheduled(scheduled_time=request.scheduled_time or _clock.utc_now())),
+        tags=list(request.tags),
+        name=request.name,
+        idempotency_key=request.idempotency_key,
+        parent_task_run_id=request.tracking_id if request.is_linked else None,
+        job_variables=dict(request.job_variables) if request.job_variables else None,
+        labels=dict(request.labels),
+    )
+    if request.work_queue_name:
+        body.work_queue_name = request.work_queue_name
+    return body.model_dump(mode="json", exclude_unset=True)
+
+
+def tracking_task_run(task: Task[..., Any], request: RunRequest) -> TaskRun:
+    """Return the task run that links a child to its parent."""
+    return TaskRun(
+        id=request.tracking_id,
+        flow_run_id=request.parent_run_id,
+        task_key=task.task_key,
+        dynamic_key=request.tracking_key,
+        task_version=task.version,
+        task_inputs=dict(request.task_inputs),
+        state=Pending(),
+    )

@@ -1,0 +1,615 @@
+"""The life of a child: launched, followed, cancelled or let go, cleared up after.
+
+The supervisor decides what is to become of the scope; what that means to one child is here. All of
+it is begun from any thread and goes on in the control plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+import attrs
+from prefect.flows import Flow
+from prefect.states import Cancelled, Crashed
+
+from supervised import _clock, _identity, _launch, _telemetry
+from supervised._budget import Priority, priority
+from supervised._inline import InlineRun
+from supervised._log import run_logger
+from supervised._policy import LEAVING, Budget, is_over, outcome_of, parent_reason
+from supervised._process import ProcessRun
+from supervised._reap import reap_below
+from supervised._restart import Restarts
+from supervised._stall import domain_of, find_stall
+from supervised._teardown import Teardown
+from supervised._types import CancelReason
+from supervised._watch import Watcher, open_watcher
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import AsyncIterator, Sequence
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import FlowRun, State
+
+    from supervised._api import Orchestrator
+    from supervised._child import Attempt, Child, End
+    from supervised._control import Plane
+    from supervised._host import Host
+    from supervised._own_run import OwnRun
+    from supervised._process import Exit
+    from supervised._registry import Registry
+    from supervised._restart import Round
+    from supervised._stall import Limit, Stall
+    from supervised._types import Cause, ScopeOptions
+
+
+_LOOK_SECONDS = 0.5
+_STALL_SECONDS = 20.0
+
+
+@attrs.frozen
+class Services:
+    """What the control plane opens once for all scopes."""
+
+    api: Orchestrator
+    watcher: Watcher
+
+
+@asynccontextmanager
+async def open_services(host: Host) -> AsyncIterator[Services]:
+    """Open the client and the watcher of a control plane."""
+    async with host.open_orchestrator() as api, open_watcher(api) as watcher:
+        yield Services(api, watcher)
+
+
+class Scope(Protocol):
+    """What a child's life depends on of the scope that it was spawned in."""
+
+    host: Host
+    lineage: _identity.Lineage
+    options: ScopeOptions
+    own: OwnRun
+
+    @property
+    def flow(self) -> Flow[..., Any]: ...
+
+    @property
+    def flow_run(self) -> FlowRun: ...
+
+    @property
+    def is_torn_down(self) -> bool: ...
+
+    @property
+    def plane(self) -> Plane[Services] | None: ...
+
+    def engage(self) -> tuple[Plane[Services], _telemetry.SupervisorSpan]: ...
+
+    async def hold_lease(self, services: Services) -> None: ...
+
+    async def check_superseded(self, services: Services) -> bool: ...
+
+    def runs_in_body(self) -> set[UUID]: ...
+
+    def end_nested(self, run_id: UUID | None, reason: CancelReason) -> None: ...
+
+
+class Lifecycle:
+    """The lives of one scope's children.
+
+    Args:
+        scope: The scope.
+        registry: Its children.
+    """
+
+    def __init__(self, scope: Scope, registry: Registry) -> None:
+        self._scope = scope
+        self._registry = registry
+        self._launcher: _launch.Launcher | None = None
+        self._last_words: dict[str, concurrent.futures.Future[None]] = {}  # of detached children
+        self._specs: dict[str, _launch.LaunchSpec] = {}
+        self._timed: set[str] = set()  # those whose deadlines are armed
+        self._closed = anyio.Event()
+        self._restarts = Restarts(registry, scope.options.restart)
+
+    @property
+    def _logger(self) -> Any:
+        return run_logger(self._scope.flow_run, self._scope.flow)
+
+    @property
+    def _plane(self) -> Plane[Services] | None:
+        return self._scope.plane
+
+    # -- its beginning ---------------------------------------------------------------------------
+
+    def start(self, child: Child[Any], spec: _launch.LaunchSpec) -> None:
+        """Launch a child that the registry has admitted; a failure becomes its outcome."""
+        self._specs[child.key] = spec
+        if spec.restart is not None:
+            self._restarts.limit(child, spec.restart)
+        self._begin(child)
+
+    def _begin(self, child: Child[Any]) -> None:
+        plane, span = self._scope.engage()
+        spec = self._specs[child.key]
+        child.span = _telemetry.ChildSpan(
+            span,
+            name=child.name,
+            kind=child.kind,
+            flow_name=child.target.split("/")[0],
+            deployment_name=child.target if child.kind == "deployment" else None,
+            generation=child.generation,
+            detached=child.is_detached,
+            start_ns=time.time_ns(),
+            earlier=child.span,
+        )
+
+        future = plane.submit(lambda services: self._launch_child(services, child, spec))
+        future.add_done_callback(functools.partial(_settle_failed, child, child.attempt))
+
+    async def _launch_child(
+        self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
+    ) -> None:
+        attempt = child.attempt
+        if not child.is_local:
+            await self._scope.hold_lease(services)
+        with priority(Priority.LAUNCH):
+            run = await self._launcher_with(services).launch(child, spec)
+        if run is None:
+            return
+        if attempt.is_over and child.outcome != "detached" and not is_over(run):
+            await self._end_late(services, child, run)
+            return
+        services.watcher.watch(child)
+        self._logger.info(
+            "Spawned child %r as flow run %s (%s)", child.name, run.id, child.url or child.kind
+        )
+        if run.state is not None and run.state.is_final():
+            # By an earlier attempt, or before its creation was answered.
+            outcome = outcome_of(run.state, asked=child.cancel_reason is not None)
+            child.settle(outcome or "crashed", state=run.state)
+            return
+        if child.detach_requested:
+            self.detach(child)
+        elif child.span is not None and child.is_detached:
+            child.span.end("detached", state=run.state, exception=None, end_ns=time.time_ns())
+        is_new = run.labels.get(_identity.SPAWN) == spec.id
+        self._arm_deadline(child, 0.0 if is_new else await _age(services.api, run))
+        has_process = child.kind == "process" and self._scope.host.starts_processes
+        if isinstance(spec.target, Flow) and has_process:
+            self._start_process(child, spec, spec.target, run)
+        elif isinstance(spec.target, Flow):
+            parameters = _launch.bind_parameters(spec.target, spec.parameters)
+            InlineRun(
+                child,
+                spec.target,
+                run,
+                parameters,
+                host=self._scope.host,
+                context=spec.context,
+                home_loop=spec.home_loop,
+            ).start()
+        elif child.cancel_reason is not None:
+            await self._cancel_run(services, child)
+
+    async def _end_late(self, services: Services, child: Child[Any], run: FlowRun) -> None:
+        """End a run whose creation was answered when nobody waited for it any more."""
+        self._logger.warning("Cancelling %s, which nobody waits for", run.id)
+        message = f"Cancelled because {child.cancel_reason or 'its launch was given up'}"
+        with priority(Priority.TEARDOWN):
+            if child.is_local:
+                await services.api.close_run(run.id, message)
+            else:
+                await services.api.request_cancel([run.id], message)
+
+    def _start_process(
+        self, child: Child[Any], spec: _launch.LaunchSpec, flow: Flow[..., Any], run: FlowRun
+    ) -> None:
+        plane = self._plane
+        assert plane is not None
+        process = ProcessRun(
+            child,
+            flow,
+            run,
+            _launch.bind_parameters(flow, spec.parameters),
+            context=spec.context,
+            grace_seconds=self._scope.options.grace_seconds,
+            conclude=lambda end: plane.submit(
+                lambda services: self._conclude_process(services, child, run, end)
+            ),
+        )
+        process.start()
+        if child.cancel_reason is not None:
+            process.interrupt()
+
+    async def _conclude_process(
+        self, services: Services, child: Child[Any], run: FlowRun, end: Exit
+    ) -> State[Any]:
+        """Return the last state of a run whose process is gone; write it if that did not."""
+        services.watcher.unwatch(run.id)
+        read = await _launch.patiently(lambda: services.api.read_runs([run.id]))
+        state = read[0].state if read else None
+        if state is not None and state.is_final():
+            return state
+        asked = child.cancel_reason
+        how = f"Its process ended with exit code {end.code}."
+        message = f"Cancelled because {asked}. {how}" if asked is not None else how
+        written = await _launch.patiently(
+            lambda: services.api.close_run(run.id, message, crashed=asked is None)
+        )
+        return written or (Cancelled if asked is not None else Crashed)(message=message)
+
+    def _launcher_with(self, services: Services) -> _launch.Launcher:
+        if self._launcher is None:
+            assert self._plane is not None
+            self._plane.submit(self._look_for_stalls)
+            self._launcher = _launch.Launcher(
+                services.api,
+                run=self._scope.flow_run,
+                lineage=self._scope.lineage,
+                options=self._scope.options,
+                is_superseded=functools.partial(self._scope.check_superseded, services),
+                end_run=functools.partial(self._end_earlier, services),
+                call_soon=self._plane.call_soon,
+            )
+        return self._launcher
+
+    def _arm_deadline(self, child: Child[Any], age: float = 0.0) -> None:
+        if child.timeout_seconds is None or child.key in self._timed:
+            return
+        self._timed.add(child.key)
+        message = f"its deadline of {child.timeout_seconds:g} s was exceeded"
+        reason = CancelReason(source="deadline", message=message)
+        timer = asyncio.get_running_loop().call_later(
+            max(0.0, child.timeout_seconds - age), self.cancel, child, reason
+        )
+        plane = self._plane
+        assert plane is not None
+        child.when_over(lambda: plane.call_soon(timer.cancel))
+
+    def adopt(self, child: Child[Any], run_id: UUID) -> None:
+        """Take over a run that others have launched; a failure becomes the child's outcome."""
+        plane, span = self._scope.engage()
+        child.span = _telemetry.ChildSpan(
+            span,
+            name=child.name,
+            kind=child.kind,
+            flow_name=child.target,
+            deployment_name=None,
+            generation=0,
+            detached=False,
+            start_ns=time.time_ns(),
+        )
+        future = plane.submit(lambda services: self._adopt(services, child, run_id))
+        future.add_done_callback(functools.partial(_settle_failed, child, child.attempt))
+
+    async def _adopt(self, services: Services, child: Child[Any], run_id: UUID) -> None:
+        await self._scope.hold_lease(services)
+        with priority(Priority.LAUNCH):
+            run = await self._launcher_with(services).adopt(child, run_id)
+        if run is None:
+            return
+        services.watcher.watch(child)
+        services.watcher.apply(run)
+        self._logger.info("Adopted flow run %s (%s)", run.id, child.url or run.name)
+        if child.detach_requested:
+            self.detach(child)
+        self._arm_deadline(child)
+        if child.cancel_reason is not None:
+            await self._cancel_run(services, child)
+
+    # -- where it waits -------------------------------------------------------------------------
+
+    async def _look_for_stalls(self, services: Services) -> None:
+        """Say it once if every child waits for a slot that those hold who wait for it."""
+        while not await self.wait_for_close(_STALL_SECONDS):
+            try:
+                stall = await self._find_stall(services.api)
+            except Exception:
+                self._logger.debug("Could not look for what the children wait for", exc_info=True)
+                continue
+            if stall is not None:
+                self._logger.warning("%s", stall)
+                return
+
+    async def _find_stall(self, api: Orchestrator) -> Stall | None:
+        live = [child for child in self._registry.live() if not child.attempt.is_queued]
+        ids = [child.flow_run_id for child in live if child.flow_run_id is not None]
+        if not ids or len(ids) < len(live) or not all(child.waits_for_a_slot for child in live):
+            return None
+        runs = await api.read_runs(ids)
+        overdue = _clock.utc_now() - timedelta(seconds=_STALL_SECONDS / 2)
+        for run in runs:
+            due = run.expected_start_time
+            if run.state is None or not run.state.is_scheduled() or due is None or due > overdue:
+                return None
+        lineage = self._scope.lineage
+        of_tree = await api.read_tagged(lineage.tag, live_only=True)
+        holders = {run.id: run for run in [*await api.read_runs(lineage.path), *of_tree]}
+        at_work = [run for run in holders.values() if run.state and not run.state.is_scheduled()]
+        limits: dict[object, Sequence[Limit]] = {}
+        for run in runs:
+            if domain_of(run) not in limits:
+                limits[domain_of(run)] = await api.read_limits(run)
+        return find_stall(runs, at_work, {run.id: limits[domain_of(run)] for run in runs})
+
+    def close(self) -> None:
+        """Look after nothing any more: the scope is over; in the control plane."""
+        self._closed.set()
+
+    async def wait_for_close(self, seconds: float) -> bool:
+        """Wait for the scope's end; false if *seconds* have passed before."""
+        with anyio.move_on_after(max(0.0, seconds)):
+            await self._closed.wait()
+        return self._closed.is_set()
+
+    # -- its restarts ---------------------------------------------------------------------------
+
+    def attempt_over(self, child: Child[Any], end: End) -> bool:
+        """Take note that an attempt has ended; true if the child is to be restarted."""
+        plane = self._plane
+        if plane is None or self._scope.is_torn_down:
+            return False
+        goes_on, begun = self._restarts.note_end(child, end, _clock.monotonic())
+        if begun is not None:
+            for other in begun.others:
+                message = f"it is restarted together with '{child.name}'"
+                other.cancel_because(CancelReason(source="restart", message=message))
+            future = plane.submit(lambda services: self._restart(services, begun))
+            future.add_done_callback(lambda future: self._give_up_restart(begun, future))
+        return goes_on
+
+    async def _restart(self, services: Services, begun: Round) -> None:
+        """Restart the members of a round, once all of their attempts have ended."""
+        await asyncio.wrap_future(begun.ready)
+        if not begun.members:
+            return
+        for child in list(begun.members):
+            await self._end_attempt(services, child, begun.ends[child.key])
+        delay = begun.restart.delay(begun.number)
+        self._logger.warning(
+            "Restarting %s in %.3g s: child %r %s (%d of %d within %g s)",
+            ", ".join(repr(child.name) for child in begun.members),
+            delay,
+            begun.culprit.name,
+            begun.ends[begun.culprit.key].outcome if begun.culprit.key in begun.ends else "ended",
+            begun.number,
+            begun.restart.max,
+            begun.restart.within_seconds,
+        )
+        with anyio.move_on_after(delay):
+            await asyncio.wrap_future(begun.deserted)
+        for child in list(begun.members):
+            if self._restarts.restart(child):
+                self._begin_again(child)
+            elif not child.is_over:
+                child.settle("cancelled")  # by somebody who came in between
+
+    def _begin_again(self, child: Child[Any]) -> None:
+        try:
+            self._begin(child)
+        except Exception as exc:  # the plane is closed
+            child.settle("failed", exception=exc)
+            raise
+
+    def stop_restarts(self) -> None:
+        """Restart nobody any more: who waits for it has ended for good."""
+        for child, end in self._restarts.stop():
+            child.settle(end.outcome, state=end.state, exception=end.exception)
+
+    async def _end_attempt(self, services: Services, child: Child[Any], end: End) -> None:
+        """Close what an attempt has left behind: its span, and what it had launched."""
+        if child.span is not None:
+            child.span.end(
+                end.outcome, state=end.state, exception=end.exception, end_ns=time.time_ns()
+            )
+        if child.flow_run_id is not None:
+            services.watcher.unwatch(child.flow_run_id)
+        cause = LEAVING.get(end.outcome)
+        if not child.is_local and cause is not None and child.cancel_reason is None:
+            await self._reap_below(services, child, cause)
+
+    def _give_up_restart(self, begun: Round, future: concurrent.futures.Future[None]) -> None:
+        """Settle the members of a round that could not be restarted as their attempts ended."""
+        if not future.cancelled() and future.exception() is None:
+            return
+        for child in list(begun.members):
+            self._restarts.leave(child)
+            end = begun.ends.get(child.key)
+            child.settle(
+                end.outcome if end is not None else "failed",
+                exception=None if future.cancelled() else future.exception(),
+            )
+
+    async def _end_earlier(self, services: Services, run: FlowRun) -> bool:
+        """End the run of an earlier attempt that is in the way of a child's own."""
+        # Not marked as ours: its own teardown, if it has one, is to see to what is below it.
+        message = "Cancelled because its parent has begun other work under the same key"
+        reason = CancelReason(source="explicit", message="its parent run cancelled it")
+        self._logger.warning("Ending run %r (%s) of an earlier attempt", run.name, run.id)
+        with anyio.move_on_after(self._scope.options.grace_seconds):
+            await services.api.request_cancel([run.id], message)
+            await _until_over(services.api, run.id)
+            await reap_below(
+                services.api,
+                self._scope.lineage.nested(run.id),
+                flow_name=run.name,
+                cause="cancelled",
+                reason=reason,
+                grace_seconds=self._scope.options.grace_seconds,
+            )
+            return True
+        return False
+
+    # -- what it is told -------------------------------------------------------------------------
+
+    def complete(self, child: Child[Any]) -> None:
+        """Apply a child's policy for a parent that has completed."""
+        action = child.on_parent["completed"]
+        if action == "cancel":
+            self.cancel(child, parent_reason("completed", self._scope.flow.name))
+        elif action == "detach":
+            child.detach()
+
+    def cancel(self, child: Child[Any], reason: CancelReason) -> None:
+        """Ask for a child's cancellation, with everything below it; its siblings go on."""
+        if not child.mark_cancel(reason):
+            return
+        if (interrupt := child.attempt.interrupt) is not None:
+            interrupt()
+        self._scope.end_nested(child.flow_run_id, reason)
+        if self._plane is not None:
+            self._plane.submit(lambda services: self._cancel_run(services, child))
+
+    async def _cancel_run(self, services: Services, child: Child[Any]) -> None:
+        """Tear down one child with everything below it; its siblings go on."""
+        attempt = child.attempt
+        if child.flow_run_id is None or child.cancel_reason is None or attempt.is_over:
+            return
+        teardown = Teardown(
+            services.api,
+            services.watcher,
+            flow_name=self._scope.flow.name,
+            lineage=self._scope.lineage,
+            cause="cancelled",
+            reason=child.cancel_reason,
+            children=lambda: [child] if child.attempt is attempt else [],
+            in_body=self._scope.runs_in_body,
+            budget=Budget(self._scope.options.grace_seconds),
+            top=child.flow_run_id,
+            # What is below code that runs here is never the later attempt's.
+            is_superseded=None
+            if child.is_local
+            else functools.partial(self._scope.check_superseded, services),
+        )
+        with priority(Priority.TEARDOWN):
+            report = await teardown.run()
+        if not report.ok and not attempt.is_over and not self._scope.is_torn_down:
+            self._logger.error("%s", report)
+            child.settle("abandoned", of=attempt)
+
+    def detach(self, child: Child[Any]) -> None:
+        """Let a child go on, whatever becomes of the parent.
+
+        Raises:
+            ValueError: If it runs in this process.
+        """
+        if child.is_local:
+            raise ValueError(
+                f"Child {child.name!r} runs inline, in this process, and cannot outlive it. "
+                "Spawn a deployment to detach it."
+            )
+        child.detach_requested = True
+        run = child.flow_run
+        if run is None or self._plane is None or (child.attempt.is_over and not child.is_over):
+            return  # as soon as it has a run
+        if child.key not in self._last_words:
+            self._last_words[child.key] = self._plane.submit(
+                lambda services: self._cut_loose(services, child, run)
+            )
+        child.settle("detached")
+
+    async def _cut_loose(self, services: Services, child: Child[Any], run: FlowRun) -> None:
+        """Have the server know that a child is detached: who else ends trees asks it."""
+        try:
+            if not await _launch.patiently(lambda: self._scope.check_superseded(services)):
+                labels = {_identity.DETACHED: True}
+                await _launch.patiently(lambda: services.api.cut_loose(run, labels))
+        except Exception:
+            self._logger.exception(
+                "Child %r (%s) is detached, but the server could not be told, so it may still be "
+                "ended with this run",
+                child.name,
+                run.id,
+            )
+
+    # -- its end ---------------------------------------------------------------------------------
+
+    def settled(self, child: Child[Any]) -> None:
+        """Count a child as over, once what it may have left behind is over too."""
+        spec = self._specs.pop(child.key, None)
+        last_words = self._last_words.get(child.key) or self._clear_up_after(child, spec)
+        if last_words is None:
+            self._registry.finished(child)
+        else:
+            last_words.add_done_callback(lambda _: self._registry.finished(child))
+
+    def _clear_up_after(
+        self, child: Child[Any], spec: _launch.LaunchSpec | None
+    ) -> concurrent.futures.Future[None] | None:
+        """Begin to end what a child may have left behind, if a teardown of ours does not."""
+        cause = LEAVING.get(child.outcome) if child.outcome is not None else None
+        if child.is_local or cause is None:
+            return None
+        if self._scope.is_torn_down or self._plane is None:
+            return None
+        if child.flow_run is None and child.attempt.was_requested and spec is not None:
+            return self._plane.submit(lambda services: self._end_unanswered(services, child, spec))
+        if child.flow_run is not None and child.cancel_reason is None:
+            reap = functools.partial(self._reap_below, child=child, cause=cause)
+            return self._plane.submit(reap)
+        return None
+
+    async def _reap_below(self, services: Services, child: Child[Any], cause: Cause) -> None:
+        """End what a child launched that ended badly: it may have died before it could."""
+        assert child.flow_run is not None
+        report = await reap_below(
+            services.api,
+            self._scope.lineage.nested(child.flow_run.id),
+            flow_name=child.name,
+            cause=cause,
+            reason=parent_reason(cause, child.name),
+            grace_seconds=self._scope.options.grace_seconds,
+        )
+        if report is not None and report.receipts:
+            self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
+
+    async def _end_unanswered(
+        self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
+    ) -> None:
+        """Cancel the run of a launch that was given up: the server may have created it."""
+        message = f"Cancelled because the launch of {child.name!r} was given up"
+        try:
+            tagged = await _launch.patiently(
+                lambda: services.api.read_tagged(self._scope.lineage.tag, live_only=True)
+            )
+            made = [run.id for run in tagged if run.labels.get(_identity.SPAWN) == spec.id]
+            if made:
+                self._logger.warning("Cancelling %s, which nobody waits for", made[0])
+                await services.api.request_cancel(made, message)
+        except Exception:
+            self._logger.exception(
+                "The launch of child %r was given up, and nobody knows whether it has a run",
+                child.name,
+            )
+
+
+def _settle_failed(
+    child: Child[Any], attempt: Attempt, future: concurrent.futures.Future[None]
+) -> None:
+    """Settle a child whose launch ended without giving it a run, or an outcome."""
+    if future.cancelled():
+        child.settle("cancelled", of=attempt)
+    elif (exc := future.exception()) is not None:
+        child.settle("failed", exception=exc, of=attempt)
+
+
+async def _age(api: Orchestrator, run: FlowRun) -> float:
+    """Return the seconds since a run was created, by the server's clock."""
+    now = await _launch.patiently(api.server_time)
+    return max(0.0, (now - run.created).total_seconds()) if now and run.created else 0.0
+
+
+async def _until_over(api: Orchestrator, run_id: UUID) -> None:
+    while True:
+        (run,) = await api.read_runs([run_id]) or (None,)
+        if run is None or (run.state is not None and run.state.is_final()):
+            return
+        await anyio.sleep(_LOOK_SECONDS)

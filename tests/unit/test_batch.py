@@ -1,0 +1,161 @@
+"""What is asked for in the same instant is asked for in one request."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from supervised._batch import Batches
+
+
+class Server:
+    """Answers with what it was sent, once it may; keeps what it was sent."""
+
+    def __init__(self):
+        self.requests = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.under_way = asyncio.Event()
+
+    async def send(self, items):
+        self.requests.append(list(items))
+        self.under_way.set()
+        await self.may_answer.wait()
+        return [f"<{item}>" for item in items]
+
+
+@pytest.fixture
+def acting():
+    """A function that runs a coroutine function with a server and batches of at most 3."""
+
+    def act(test, send=None):
+        async def run():
+            server = Server()
+            batches = Batches(send or server.send, limit=3)
+            try:
+                return await test(server, batches)
+            finally:
+                await batches.close()
+
+        return asyncio.run(run())
+
+    return act
+
+
+def submitted(batches, items, kind="a"):
+    return [asyncio.ensure_future(batches.submit(kind, item)) for item in items]
+
+
+def test_what_is_submitted_at_once_is_sent_at_once_and_each_gets_its_own_answer(acting):
+    async def test(server, batches):
+        assert await asyncio.gather(*submitted(batches, "xyz")) == ["<x>", "<y>", "<z>"]
+        assert server.requests == [["x", "y", "z"]]
+
+    acting(test)
+
+
+def test_a_request_carries_no_more_than_it_may(acting):
+    async def test(server, batches):
+        await asyncio.gather(*submitted(batches, range(7)))
+        assert server.requests == [[0, 1, 2], [3, 4, 5], [6]]
+
+    acting(test)
+
+
+def test_what_comes_while_a_request_is_under_way_goes_with_the_next(acting):
+    async def test(server, batches):
+        server.may_answer.clear()
+        first = submitted(batches, [1])
+        await server.under_way.wait()
+        rest = submitted(batches, [2, 3])
+        await asyncio.sleep(0)
+        server.may_answer.set()
+        await asyncio.gather(*first, *rest)
+        assert server.requests == [[1], [2, 3]]
+
+    acting(test)
+
+
+def test_kinds_are_not_mixed_and_take_turns(acting):
+    async def test(server, batches):
+        await asyncio.gather(
+            *submitted(batches, range(5), kind="a"), *submitted(batches, "xy", kind="b")
+        )
+        assert server.requests == [[0, 1, 2], ["x", "y"], [3, 4]]
+
+    acting(test)
+
+
+def test_a_request_that_fails_is_what_all_of_its_items_have_led_to(acting):
+    async def fail(_):
+        raise ConnectionError("the server is down")
+
+    async def test(server, batches):
+        answers = await asyncio.gather(*submitted(batches, "xy"), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [ConnectionError, ConnectionError]
+
+    acting(test, fail)
+
+
+def test_one_item_may_fail_alone(acting):
+    async def refuse_odd(items):
+        return [ValueError(item) if item % 2 else item for item in items]
+
+    async def test(server, batches):
+        answers = await asyncio.gather(*submitted(batches, [2, 3]), return_exceptions=True)
+        assert answers[0] == 2
+        assert isinstance(answers[1], ValueError)
+
+    acting(test, refuse_odd)
+
+
+def test_who_is_cancelled_before_the_request_takes_the_item_back(acting):
+    async def test(server, batches):
+        one, two = submitted(batches, "xy")
+        await asyncio.sleep(0)
+        one.cancel()
+        assert await two == "<y>"
+        assert server.requests == [["y"]]
+
+    acting(test)
+
+
+def test_who_is_cancelled_during_the_request_does_not_end_it_for_the_others(acting):
+    async def test(server, batches):
+        server.may_answer.clear()
+        one, two = submitted(batches, "xy")
+        await server.under_way.wait()
+        one.cancel()
+        server.may_answer.set()
+        assert await two == "<y>"
+        await asyncio.wait([one])
+        assert one.cancelled()
+
+    acting(test)
+
+
+def test_there_is_no_task_when_there_is_nothing_to_send(acting):
+    async def test(server, batches):
+        before = asyncio.all_tasks()
+        await asyncio.gather(*submitted(batches, "xyz"))
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
+        assert await batches.submit("a", "again") == "<again>"
+
+    acting(test)
+
+
+def test_closing_cancels_who_waits_and_sends_nothing_more(acting):
+    async def test(server, batches):
+        server.may_answer.clear()
+        sent = submitted(batches, [1])
+        await server.under_way.wait()
+        waiting = submitted(batches, [2])
+        await asyncio.sleep(0)
+        await batches.close()
+        await asyncio.wait([*sent, *waiting])
+        assert all(each.cancelled() for each in [*sent, *waiting])
+        assert server.requests == [[1]]
+
+    acting(test)

@@ -1,0 +1,181 @@
+"""An attempt that a later one has replaced: what it may no longer do, and what it ends."""
+
+import asyncio
+
+import pytest
+from prefect import flow
+from prefect.states import AwaitingRetry, Running
+
+from supervised import _identity, supervised_flow, supervisor
+from supervised.testing import FakePrefect, Faults
+
+
+def replace(prefect, run):
+    """Have a later attempt of a run begin, as far as the server tells."""
+    attempt = run.flow_run.run_count
+    prefect.server.propose(run.id, AwaitingRetry())
+    prefect.server.propose(run.id, Running())
+    assert run.flow_run.run_count == attempt + 1
+
+
+def lose_runner(prefect, run, name):
+    """Have another runner take a run, whose process lives on."""
+    prefect.runners[name].kill()
+    prefect.replace_runner(name)
+    prefect.server.propose(run.id, AwaitingRetry())
+
+
+def world():
+    prefect = FakePrefect()
+    prefect.deploy("score/gpu", takes=3600)
+    return prefect
+
+
+def test_a_teardown_under_way_leaves_the_children_of_a_later_attempt_alone():
+    attempts = []
+
+    @flow
+    async def slow():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(15)
+
+    @supervised_flow
+    async def root():
+        attempts.append(1)
+        if len(attempts) == 1:
+            supervisor.spawn("slow/test")
+            await asyncio.sleep(20)
+            raise RuntimeError("bad")
+        supervisor.spawn("score/gpu")
+        await asyncio.sleep(3600)
+
+    with world() as prefect:
+        prefect.deploy("root/test", root, runner="root")
+        prefect.deploy("slow/test", slow)
+        run = prefect.start("root/test")
+        prefect.until(lambda: run.below and run.below[0].state.is_cancelling())
+        lose_runner(prefect, run, "root")
+        prefect.until(lambda: len(run.below) == 2, within=30)
+        assert run.below[0].state.is_cancelling()
+        prefect.advance(60)
+        assert [child.state.name for child in run.below] == ["Cancelled", "Running"]
+
+
+@pytest.mark.parametrize("what", ["launch", "cancel"])
+def test_a_slow_server_does_not_let_a_replaced_attempt_go_on(what):
+    go = []
+
+    @supervised_flow
+    async def root():
+        child = supervisor.spawn("score/gpu", key="first")
+        while not go:
+            await asyncio.sleep(0.1)
+        if what == "launch":
+            supervisor.spawn("score/gpu", key="second")
+        else:
+            child.cancel()
+        await asyncio.sleep(3600)
+
+    with world() as prefect:
+        run = prefect.start(root)
+        prefect.until(lambda: run.below and run.below[0].state.is_running())
+        prefect.faults = Faults(latency_seconds=12.0, dropped_events=1.0)
+        replace(prefect, run)
+        go.append(True)
+        prefect.advance(100)
+        assert [child.state.name for child in run.below] == ["Running"]
+
+
+def test_a_small_budget_does_not_let_a_replaced_attempt_launch():
+    go = []
+
+    @supervised_flow(requests_per_minute=6)
+    async def root():
+        supervisor.spawn("score/gpu", key="first")
+        while not go:
+            await asyncio.sleep(0.1)
+        supervisor.spawn("score/gpu", key="second")
+        await asyncio.sleep(3600)
+
+    with world() as prefect:
+        run = prefect.start(root)
+        prefect.until(lambda: run.below and run.below[0].state.is_running())
+        replace(prefect, run)
+        go.append(True)
+        prefect.advance(200)
+        assert len(run.below) == 1
+
+
+@pytest.mark.parametrize("seconds", [0, 15])
+def test_a_replaced_attempt_detaches_nothing(seconds):
+    """It belongs to the later attempt, which may yet cancel it."""
+    go = []
+
+    @supervised_flow
+    async def root():
+        child = supervisor.spawn("score/gpu")
+        while not go:
+            await asyncio.sleep(0.1)
+        child.detach()
+        await asyncio.sleep(3600)
+
+    with world() as prefect:
+        run = prefect.start(root)
+        prefect.until(lambda: run.below and run.below[0].state.is_running())
+        replace(prefect, run)
+        prefect.advance(seconds)
+        go.append(True)
+        prefect.advance(30)
+        assert not run.below[0].flow_run.labels.get(_identity.DETACHED)
+        assert run.below[0].state.is_running()
+
+
+def test_inline_children_of_a_replaced_attempt_end():
+    """The later attempt runs their code anew."""
+    live = []
+
+    @supervised_flow
+    async def part():
+        live.append(1)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            live.pop()
+
+    @supervised_flow
+    async def root():
+        supervisor.spawn(part, key="the one")
+        await asyncio.sleep(3600)
+
+    with world() as prefect:
+        prefect.deploy("root/test", root, runner="root")
+        run = prefect.start("root/test")
+        prefect.until(lambda: live)
+        lose_runner(prefect, run, "root")
+        prefect.until(lambda: len(run.below) == 2, within=60)
+        prefect.advance(20)
+        assert [child.state.name for child in run.below] == ["Cancelled", "Running"]
+        assert len(live) == 1
+
+
+def test_inline_children_of_a_replaced_attempt_end_with_what_they_launched():
+    @supervised_flow
+    async def inner():
+        supervisor.spawn("score/gpu")
+        await asyncio.sleep(30)
+        supervisor.spawn("score/gpu", key="one more")
+        await asyncio.sleep(3600)
+
+    @supervised_flow
+    async def root():
+        supervisor.spawn(inner)
+        await asyncio.sleep(3600)
+
+    with world() as prefect:
+        run = prefect.start(root)
+        prefect.until(lambda: len(run.below) == 2 and run.below[1].state.is_running())
+        replace(prefect, run)
+        prefect.advance(60)
+        assert [child.state.name for child in run.below] == ["Cancelled", "Cancelled"]

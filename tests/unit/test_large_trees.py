@@ -1,0 +1,89 @@
+"""A large tree is asked in chunks; a slow server is given time, a silent one is not waited for."""
+
+import asyncio
+
+import anyio
+import pytest
+
+from supervised import Supervisor, supervised_flow, supervisor
+from supervised.testing import FakePrefect
+from supervised.testing._client import FakeOrchestrator
+
+MANY = 420
+GRACE = 10.0
+SECONDS_OF_A_RUN = 0.025  # of SQLite on two cores
+
+
+class Enough(Exception):
+    """What ends the parent."""
+
+
+@supervised_flow(grace_seconds=GRACE)
+async def parent(children):
+    """Launch children, and fail when they have run for a while."""
+    for part in range(children):
+        supervisor.spawn("score/gpu", {"part": part})
+    await asyncio.sleep(60)
+    raise Enough
+
+
+class Asked(list):
+    """The sizes of the requests for cancellation."""
+
+    seconds_of_a_run = SECONDS_OF_A_RUN
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The sizes of the requests for cancellation; each takes its time."""
+    sizes, one_writer = Asked(), anyio.Lock()
+    request_cancel = FakeOrchestrator.request_cancel
+
+    async def slowly(self, run_ids, message):
+        sizes.append(len(run_ids))
+        async with one_writer:
+            await anyio.sleep(sizes.seconds_of_a_run * len(run_ids))
+        return await request_cancel(self, run_ids, message)
+
+    monkeypatch.setattr(FakeOrchestrator, "request_cancel", slowly)
+    return sizes
+
+
+def play(children):
+    """Let a parent of so many fail; return its report and the seconds that it took to end."""
+    with FakePrefect() as prefect:
+        prefect.deploy("root/test", parent, runner="root")
+        prefect.deploy("score/gpu", takes=3600)
+        root = prefect.start("root/test", {"children": children})
+        prefect.until(
+            lambda: sum(run.state.is_running() for run in prefect.runs) == children + 1, within=50
+        )
+        prefect.until(lambda: root.report is not None, within=300)
+        return root.report
+
+
+def test_a_tree_of_hundreds_is_asked_once_by_requests_that_a_slow_server_can_answer(asked):
+    report = play(MANY)
+    assert report.ok
+    assert max(asked) <= 50
+    assert sum(asked) == MANY, "nobody is asked twice"
+
+
+def test_what_asking_takes_is_not_taken_from_the_grace(asked, monkeypatch):
+    given_up = []
+    monkeypatch.setattr(Supervisor, "log_given_up", given_up.append)
+    asked.seconds_of_a_run = 2 * SECONDS_OF_A_RUN
+    report = play(MANY)
+    assert not given_up
+    assert report.seconds > GRACE
+    assert report.ok
+
+
+def test_a_server_that_does_not_answer_holds_up_nobody_beyond_the_grace(monkeypatch):
+    async def never(self, run_ids, message):
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(FakeOrchestrator, "request_cancel", never)
+    report = play(4)
+    assert not report.ok
+    assert report.seconds < GRACE + 5

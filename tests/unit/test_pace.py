@@ -1,0 +1,95 @@
+"""How many requests are under way at a time is found out from how long they take."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supervised import _clock
+from supervised._pace import CHUNK, Pace
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless it is told to go on."""
+
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(_clock, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def send(pace, count, seconds_of_round, clock):
+    """Send so many chunks to a server whose rounds take so long; return the rounds' widths."""
+    widths, under_way = [], []
+
+    async def ask(chunk):
+        under_way.append(chunk)
+        await asyncio.sleep(0)
+        if under_way:
+            widths.append(len(under_way))
+            clock.now += seconds_of_round(len(under_way))
+            under_way.clear()
+
+    asyncio.run(pace.each(range(count * CHUNK), ask))
+    return widths
+
+
+def test_writers_that_collide_are_let_through_one_at_a_time(clock):
+    pace = Pace()
+    assert send(pace, 8, lambda width: width * 1.0, clock) == [1, 2, 1, 1, 1, 1, 1]
+    assert pace.width == 1
+
+
+def test_a_server_that_does_several_at_once_is_sent_several(clock):
+    pace = Pace()
+    assert send(pace, 31, lambda width: 1.0, clock) == [1, 2, 4, 8, 8, 8]
+
+
+def test_it_stops_where_more_at_a_time_is_no_quicker(clock):
+    pace = Pace()
+    send(pace, 40, lambda width: max(1.0, width / 4), clock)
+    assert pace.width == 4
+
+
+def test_what_was_found_out_counts_for_the_next_time(clock):
+    pace = Pace()
+    send(pace, 8, lambda width: width * 1.0, clock)
+    assert send(pace, 3, lambda width: width * 1.0, clock) == [1, 1, 1]
+
+
+def test_a_round_that_is_not_full_proves_nothing(clock):
+    pace = Pace()
+
+    async def ask(chunk):
+        clock.now += 1.0
+
+    asyncio.run(pace.each(range(CHUNK - 1), ask))
+    assert pace.width == 1
+
+
+@given(st.integers(0, 20 * CHUNK), st.lists(st.floats(0.001, 10), min_size=1, max_size=40))
+def test_everything_is_asked_for_once_and_in_order_of_importance(count, seconds):
+    asked = []
+    pace = Pace()
+
+    async def ask(chunk):
+        asked.append(chunk)
+        pace.note(seconds[len(asked) % len(seconds)])
+
+    asyncio.run(pace.each(range(count), ask))
+    assert [item for chunk in asked for item in chunk] == list(range(count))
+    assert all(len(chunk) <= CHUNK for chunk in asked)
+    assert 1 <= pace.width <= 8
+
+
+def test_what_a_request_raises_ends_the_whole():
+    async def ask(chunk):
+        raise ConnectionError
+
+    with pytest.RaisesGroup(ConnectionError):
+        asyncio.run(Pace().each(range(CHUNK), ask))

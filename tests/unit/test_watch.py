@@ -1,0 +1,94 @@
+"""The watcher reads as often as it has to, and no more often than the server can bear."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from uuid import uuid4
+
+import anyio
+import pytest
+
+from supervised import _clock
+from supervised._watch import open_watcher
+from supervised.testing._virtual import VirtualLoop
+
+HOUR = 3600.0
+
+
+class Api:
+    """Knows no run, takes its time to say so, and tells of events only if it is asked to."""
+
+    def __init__(self, seconds_of_read, *, hears):
+        self.seconds_of_read = seconds_of_read
+        self.hears = hears
+        self.reads = []
+
+    async def read_runs(self, run_ids):
+        self.reads.append((_clock.monotonic(), set(run_ids)))
+        await anyio.sleep(self.seconds_of_read)
+        return []
+
+    @asynccontextmanager
+    async def subscribe(self, resources):
+        if not self.hears:
+            raise ConnectionError("there is no stream")
+
+        async def events():
+            await anyio.sleep(10 * HOUR)
+            yield
+
+        yield events()
+
+
+def play(api, seconds, begin):
+    """Let a watcher watch for some time."""
+
+    async def story():
+        async with open_watcher(api) as watcher:
+            begin(watcher)
+            await asyncio.sleep(seconds)
+
+    loop = VirtualLoop()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_clock, "monotonic", loop.time)
+            loop.run_until_complete(story())
+    finally:
+        loop.close()
+
+
+def an_owner(watcher):
+    watcher.watch_owner(uuid4(), "supervised:x", lambda run: None)
+
+
+def test_while_events_flow_everything_is_read_every_ten_seconds():
+    api = Api(0.01, hears=True)
+    play(api, HOUR, an_owner)
+    assert 350 <= len(api.reads) <= 360
+
+
+def test_without_events_it_is_read_more_often():
+    api = Api(0.01, hears=False)
+    play(api, HOUR, an_owner)
+    assert 2_300 <= len(api.reads) <= 2_400
+
+
+@pytest.mark.parametrize(("hears", "share"), [(True, 0.05), (False, 0.25)])
+def test_reading_takes_no_more_than_its_share_of_the_servers_time(hears, share):
+    api = Api(4.0, hears=hears)
+    play(api, HOUR, an_owner)
+    assert share * 0.7 <= len(api.reads) * 4.0 / HOUR <= share
+
+
+def test_what_has_a_pace_of_its_own_is_read_at_that_pace_and_alone():
+    api = Api(0.01, hears=True)
+    other = uuid4()
+
+    def begin(watcher):
+        an_owner(watcher)
+        watcher.watch_other(other, lambda run_id, run: None, every=2.0)
+
+    play(api, HOUR, begin)
+    alone = [ids for _, ids in api.reads if ids == {other}]
+    together = [ids for _, ids in api.reads if len(ids) == 2]
+    assert 1_400 <= len(alone) + len(together) <= 1_900
+    assert 340 <= len(together) <= 360
