@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import statistics
 import sys
@@ -10,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect import flow
+from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from rich.console import Console
 
 from supervised.testing import LocalServer, local_server, running
 
-TESTS = Path(__file__).parents[1] / "tests"
+HERE = Path(__file__).parent
+TESTS = HERE.parent / "tests"
 sys.path.insert(0, str(TESTS))
+from support.postgres import find_binaries, local_postgres  # noqa: E402
 from support.world import World, eventually  # noqa: E402
 
 DEPLOYMENTS = 12  # of a runner, tests/flows/serve.py
@@ -90,3 +94,87 @@ def open_stage() -> Iterator[Stage]:
 def spread(values: list[float]) -> str:
     """Return median and range, for people."""
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+DEPLOYMENT = "child/unserved"
+_BULK = 50
+
+
+@flow
+def child(part: int = 0) -> None:
+    """What the children would run, if anybody served them."""
+
+
+async def deploy_child() -> None:
+    """Make the deployment that nobody serves."""
+    async with get_client() as client:
+        flow_id = await client.create_flow(child)
+        schema = {"title": "Parameters", "properties": {"part": {"type": "integer"}}}
+        await client.create_deployment(flow_id, "unserved", parameter_openapi_schema=schema)
+
+
+def children_in(state: str, parent: str) -> dict[str, object]:
+    """Return a filter for the children of a run that are in a state."""
+    return {
+        "parent_flow_run_id": {"any_": [parent]},
+        "state": {"type": {"any_": [state]}},
+    }
+
+
+async def set_children(
+    client: PrefectClient, parent: str, before: str, after: str, count: int
+) -> None:
+    """Set the children of a run that are in one state to another, from outside."""
+    body = {
+        "flow_runs": children_in(before, parent),
+        "state": {"type": after, "name": after.title()},
+        "force": True,
+        "limit": _BULK,
+    }
+    for _ in range(0, count, _BULK):
+        await client.request("POST", "/flow_runs/bulk_set_state", json=body)
+
+
+def parser(doc: str | None, *, repetitions: int | None = None) -> argparse.ArgumentParser:
+    """Make a parser with the options that the scripts share."""
+    made = argparse.ArgumentParser(description=doc)
+    made.add_argument("--databases", nargs="*", default=databases(), choices=databases())
+    if repetitions is not None:
+        made.add_argument("--repetitions", type=int, default=repetitions)
+    return made
+
+
+def databases() -> list[str]:
+    """Return the databases that a server can have on this machine."""
+    return ["sqlite"] if find_binaries() is None else ["sqlite", "postgresql"]
+
+
+@contextlib.contextmanager
+def served(server: LocalServer, script: Path) -> Iterator[Stage]:
+    """Run a script that serves deployments, and wait until it does."""
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(get_client(sync_client=True))
+        env = {**server.env, "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
+        log = server.home / f"{script.stem}.log"
+        command = [sys.executable, script.name]
+        stack.enter_context(running(command, env=env, log=log, cwd=script.parent))
+        eventually(
+            lambda: "being served" in log.read_text(errors="replace"),
+            seconds=90,
+            what=f"{script.name} serves its deployments",
+        )
+        yield Stage(server.home, server, client, stack)
+
+
+@contextlib.contextmanager
+def only_server(database: str) -> Iterator[LocalServer]:
+    """Start a server and nothing else; nothing marks runs as late that nobody serves."""
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        settings = {"PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false"}
+        if database == "postgresql":
+            url = stack.enter_context(local_postgres(find_binaries()))
+            settings["PREFECT_API_DATABASE_CONNECTION_URL"] = url
+        server = stack.enter_context(local_server(home=home, settings=settings))
+        stack.enter_context(temporary_settings({PREFECT_API_URL: server.url}))
+        yield server

@@ -1,0 +1,354 @@
+"""Everything in one run: `python benchmarks/compare.py [--quick]`; about an hour and a half.
+
+Runs the benchmarks that compare plain Prefect, the forum's recipe, ours and the server's floor, one
+after another, and writes docs/benchmarks/results.json, the plot beside it, and docs/benchmarks.md.
+`--render` only writes the page anew from the results that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import matplotlib as mpl
+import prefect
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+RESULTS = DOCS / "benchmarks" / "results.json"
+PLOT = DOCS / "benchmarks" / "cascade.svg"
+SCRIPTS = {
+    "cascade": [],
+    "launch": [],
+    "sweep": [],
+    "noticing": [],
+    "waiting": [],
+    "overhead": [],
+    "growth": [],
+}
+QUICK = {
+    "cascade": ["--shapes", "8 leaves", "--repetitions", "1"],
+    "launch": ["--repetitions", "1", "--children", "50"],
+    "sweep": ["--repetitions", "1", "--runs", "100"],
+    "noticing": ["--children", "3"],
+    "waiting": ["--minutes", "0.5"],
+    "overhead": ["--flows", "10"],
+    "growth": ["--children", "10", "100", "--repetitions", "1", "--memory", "100"],
+}
+Row = Mapping[str, Any]
+
+
+def main() -> int:
+    options = arguments()
+    if not options.render:
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        for name in options.only:
+            sys.stderr.write(f"== {name}\n")
+            extra = QUICK[name] if options.quick else SCRIPTS[name]
+            results[name] = {"when": today(), "machine": machine(), "rows": run(name, extra)}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results = json.loads(RESULTS.read_text())
+    plot(results)
+    (DOCS / "benchmarks.md").write_text(page(results))
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=list(SCRIPTS), choices=list(SCRIPTS))
+    parser.add_argument("--quick", action="store_true", help="a look at whether it works")
+    parser.add_argument("--render", action="store_true")
+    return parser.parse_args()
+
+
+def run(name: str, extra: list[str]) -> list[Row]:
+    """Run one benchmark; what it says while it works goes to its log."""
+    log = HERE / f"{name}.log"
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, str(HERE / f"{name}.py"), *extra],
+            stdout=subprocess.PIPE,
+            stderr=output,
+            check=True,
+        )
+    log.unlink()
+    rows: list[Row] = json.loads(done.stdout[done.stdout.index(b"[\n") :])
+    return rows
+
+
+def today() -> str:
+    return dt.datetime.now(dt.timezone.utc).date().isoformat()
+
+
+def machine() -> str:
+    return (
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, Prefect {prefect.__version__}"
+    )
+
+
+# -- the figures ----------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Figure:
+    """One line of the table.
+
+    Args:
+        what: What is measured.
+        of: The benchmark.
+        top: Which of its values is divided.
+        bottom: By which.
+        target: What the ratio is to be.
+    """
+
+    what: str
+    of: str
+    top: Callable[[Row], float | None]
+    bottom: Callable[[Row], float | None]
+    target: str
+
+
+def values(key: str, **wanted: Any) -> Callable[[Row], float | None]:
+    """Return what picks a value from the rows that are meant."""
+
+    def pick(row: Row) -> float | None:
+        if any(row.get(name) != value for name, value in wanted.items()):
+            return None
+        found = row.get(key)
+        return float(row["given up"]) if found is None and "given up" in row else found
+
+    return pick
+
+
+def cascade(contender: str, shape: str) -> Callable[[Row], float | None]:
+    return values("children gone", contender=contender, shape=shape)
+
+
+LEAVES, LEVELS = "8 leaves", "3 levels, 13 runs"
+FIGURES = [
+    Figure(
+        "8 deployed leaves, parent cancelled: last process gone, plain / ours",
+        "cascade",
+        cascade("plain Prefect", LEAVES),
+        cascade("supervised", LEAVES),
+        ">= 15 (SQLite), >= 4 (PostgreSQL)",
+    ),
+    Figure(
+        "13 runs on 3 levels: the same",
+        "cascade",
+        cascade("plain Prefect", LEVELS),
+        cascade("supervised", LEVELS),
+        ">= 20, >= 8",
+    ),
+    *(
+        Figure(
+            f"{levels} of 2: the recipe / ours",
+            "cascade",
+            cascade("recipe", f"{levels} of 2"),
+            cascade("supervised", f"{levels} of 2"),
+            target,
+        )
+        for levels, target in (("1 level", ">= 3"), ("2 levels", ">= 5"), ("3 levels", ">= 7"))
+    ),
+    *(
+        Figure(
+            f"{shape}: last process gone, ours / floor",
+            "cascade",
+            cascade("supervised", shape),
+            cascade("floor", shape),
+            "<= 2",
+        )
+        for shape in (LEAVES, LEVELS)
+    ),
+    Figure(
+        "500 live runs cancelled on the server, ours / floor",
+        "sweep",
+        values("seconds", contender="supervised"),
+        values("seconds", contender="floor"),
+        "<= 1.15",
+    ),
+    Figure(
+        "requests while 200 children run for 10 minutes, plain / ours",
+        "waiting",
+        values("requests", contender="plain Prefect"),
+        values("requests", contender="supervised"),
+        ">= 100",
+    ),
+    Figure(
+        "launching 200 deployed children: time, ours / `gather(arun_deployment)`",
+        "launch",
+        values("seconds", contender="supervised"),
+        values("seconds", contender="plain Prefect"),
+        "<= 0.5",
+    ),
+    Figure(
+        "the same: requests",
+        "launch",
+        values("requests", contender="supervised"),
+        values("requests", contender="plain Prefect"),
+        "<= 0.1",
+    ),
+    Figure(
+        "the same: time, ours / floor",
+        "launch",
+        values("seconds", contender="supervised"),
+        values("seconds", contender="floor"),
+        "<= 1.2",
+    ),
+    *(
+        Figure(
+            f"a flow without spawn, supervised / plain: {what}",
+            "overhead",
+            values(what, figure="no spawn", contender="supervised"),
+            values(what, figure="no spawn", contender="plain Prefect"),
+            target,
+        )
+        for what, target in (("seconds", "<= 1.01"), ("requests", "1"), ("threads", "1"))
+    ),
+    Figure(
+        "from the call to the body of an inline child, ours / plain",
+        "overhead",
+        values("seconds", figure="inline", contender="supervised"),
+        values("seconds", figure="inline", contender="plain Prefect"),
+        "<= 1.05",
+    ),
+]
+
+
+def medians(rows: Iterable[Row], pick: Callable[[Row], float | None]) -> list[float]:
+    return [value for value in map(pick, rows) if value is not None]
+
+
+def told(found: list[float]) -> str:
+    """Return a median and the range, for people."""
+    middle = statistics.median(found)
+    if len(found) == 1 or max(found) == min(found):
+        return f"{middle:,.3g}" if middle < 1000 else f"{middle:,.0f}"
+    return f"{middle:.3g} ({min(found):.3g} to {max(found):.3g})"
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def page(results: Mapping[str, Any]) -> str:
+    lines = [INTRODUCTION]
+    if "cascade" in results:
+        lines += [PICTURE, ""]
+    lines += ["| figure | database | above the line | below it | ratio | target |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for figure in FIGURES:
+        rows = results.get(figure.of, {}).get("rows", [])
+        for database in ("sqlite", "postgresql"):
+            here = [row for row in rows if row.get("database") == database]
+            top, bottom = medians(here, figure.top), medians(here, figure.bottom)
+            if top and bottom:
+                ratio = statistics.median(top) / statistics.median(bottom)
+                cells = [figure.what, NAMES[database], told(top), told(bottom)]
+                lines.append(f"| {' | '.join([*cells, f'**{ratio:.3g}**', figure.target])} |")
+    lines += ["", *noticing(results), "", *growth(results), "", *provenance(results), ""]
+    return "\n".join(lines)
+
+
+NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+INTRODUCTION = """# Benchmarks
+
+How supervised trees compare with plain Prefect, with the forum's recipe (a hook on every level
+that cancels the next), and with the floor: the same work, asked of the same server in the best
+known way. Each ratio is from one run of one script. Seconds and counts are medians, with the range
+in brackets.
+
+Everything here is written by `python benchmarks/compare.py`; a figure that misses its target stays.
+"""
+PICTURE = "![Seconds until the last process is gone](benchmarks/cascade.svg)"
+
+
+def noticing(results: Mapping[str, Any]) -> list[str]:
+    lines = ["## From a child's end to the return of `await child`", ""]
+    lines += ["| database | | seconds |", "|---|---|---|"]
+    for row in results.get("noticing", {}).get("rows", []):
+        lines.append(f"| {NAMES[row['database']]} | {row['contender']} | {told(row['seconds'])} |")
+    return [*lines, "", "Targets: 0.3 s with events, 2 s without (medians)."]
+
+
+def growth(results: Mapping[str, Any]) -> list[str]:
+    lines = ["## What a child costs as the tree grows", ""]
+    lines += ["CPU of the parent on a simulated server, in milliseconds a child:", ""]
+    lines += ["| children | collector | launched | heard of the end | cancelled |"]
+    lines += ["|---|---|---|---|---|"]
+    rows = results.get("growth", {}).get("rows", [])
+    sizes = sorted({(row["children"], row["collector"]) for row in rows if "children" in row})
+    for children, collector in sorted(sizes, key=lambda size: (size[1], size[0])):
+        here = [
+            row
+            for row in rows
+            if (row.get("children"), row.get("collector")) == (children, collector)
+        ]
+        cells = [told([1000 * row[key] for row in here if key in row]) for key in COSTS]
+        lines.append(f"| {children:,} | {'on' if collector else 'off'} | {' | '.join(cells)} |")
+    for row in rows:
+        if "memory" in row:
+            live, finished = row["bytes of a live child"], row["bytes of a finished child"]
+            lines += ["", f"A live child takes {live:,} bytes, a finished one {finished:,}."]
+    return lines
+
+
+COSTS = ("launch", "finish", "cancel")
+
+
+def provenance(results: Mapping[str, Any]) -> list[str]:
+    lines = ["## Where the figures are from", ""]
+    for name, result in results.items():
+        lines.append(f"- `benchmarks/{name}.py`, {result['when']}: {result['machine']}")
+    return lines
+
+
+def plot(results: Mapping[str, Any]) -> None:
+    """Draw how long trees live on, on a logarithmic scale."""
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "supervised"
+    import matplotlib.pyplot as plt
+
+    rows = results.get("cascade", {}).get("rows", [])
+    databases = [name for name in NAMES if any(row["database"] == name for row in rows)]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    if not rows:
+        return
+    figure, axes = plt.subplots(
+        len(databases), 1, figsize=(9, 3.2 * len(databases)), squeeze=False, sharex=True
+    )
+    for (axis,), database in zip(axes, databases, strict=True):
+        for number, contender in enumerate(contenders):
+            heights = [
+                medians(
+                    [row for row in rows if row["database"] == database], cascade(contender, shape)
+                )
+                for shape in shapes
+            ]
+            axis.bar(
+                [place + 0.2 * number for place in range(len(shapes))],
+                [statistics.median(height) if height else 0 for height in heights],
+                width=0.19,
+                label=contender,
+            )
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{NAMES[database]}: seconds")
+        axis.set_xticks([place + 0.3 for place in range(len(shapes))], shapes)
+        axis.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

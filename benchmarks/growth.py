@@ -1,0 +1,115 @@
+"""What a child costs in trees of 10 to 10,000: `python benchmarks/growth.py`.
+
+CPU time of this process, on a simulated server, so that only the code of supervision and of the
+simulation counts: launching the children, hearing of their ends, and cancelling as many. Without
+Python's garbage collector, and with it: that looks through all objects now and then, and most of
+them are the simulated server's. Memory is what is left when that has forgotten its runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import itertools
+import json
+import logging
+import sys
+import time
+import tracemalloc
+from typing import Any
+
+from prefect.states import Completed, Pending, Running
+
+from supervised import supervised_flow, supervisor
+from supervised.testing import FakePrefect
+
+LONG = 10**6
+
+
+def main() -> int:
+    options = arguments()
+    logging.disable(logging.CRITICAL)
+    grow(10, cancel=False)  # imports, caches
+    rows = []
+    for children, cancel in itertools.product(options.children, (False, True)):
+        for collector in (False, True):
+            gc.enable() if collector else gc.disable()
+            for _ in range(options.repetitions):
+                row = {"children": children, "collector": collector}
+                rows.append({**row, **grow(children, cancel=cancel)})
+                sys.stderr.write(f"{rows[-1]}\n")
+    tracemalloc.start(1)
+    rows.append({"memory": options.memory, **grow(options.memory, cancel=False)})
+    sys.stderr.write(f"{rows[-1]}\n")
+    json.dump(rows, sys.stdout, indent=2)
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--children", type=int, nargs="*", default=[10, 100, 1_000, 10_000])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--memory", type=int, default=2_000, help="children in the tree weighed")
+    return parser.parse_args()
+
+
+@supervised_flow
+async def parent(children: int) -> None:
+    """Launch children and keep no handle."""
+    for part in range(children):
+        supervisor.spawn("score/gpu", {"part": part})
+    await asyncio.sleep(LONG)
+
+
+def grow(children: int, *, cancel: bool) -> dict[str, Any]:
+    """Play one tree; return the seconds of CPU a child, or its bytes if memory is traced."""
+    with FakePrefect() as prefect:
+        prefect.deploy("root/test", parent, runner="root")
+        prefect.deploy("score/gpu", runner="nobody")
+        prefect.runners["nobody"].kill()
+        before = traced()
+        began = time.process_time()
+        root = prefect.start("root/test", {"children": children})
+        prefect.until(lambda: len(prefect.server.runs) == children + 1, within=LONG)
+        prefect.advance(1)
+        seconds = {"launch": (time.process_time() - began) / children}
+        live = traced() - before
+        others = [run_id for run_id in prefect.server.runs if run_id != root.id]
+        began = time.process_time()
+        if cancel:
+            root.cancel()
+            prefect.until(lambda: not root.is_alive, within=LONG)
+        else:
+            for run_id in others:
+                for state in (Pending(), Running(), Completed()):
+                    prefect.server.propose(run_id, state)
+            prefect.advance(30)
+        seconds["cancel" if cancel else "finish"] = (time.process_time() - began) / children
+        if not tracemalloc.is_tracing():
+            return seconds
+        servers = traced()
+        forget(prefect, others)
+        finished = traced()
+        servers -= finished
+        return {
+            "bytes of a live child": round((live - servers) / children),
+            "bytes of a finished child": round((finished - before) / children),
+        }
+
+
+def traced() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+def forget(prefect: FakePrefect, runs: list[Any]) -> None:
+    """Have the simulated server forget what it knows of runs."""
+    for known in vars(prefect.server).values():
+        if isinstance(known, dict) and len(known) >= len(runs):
+            for run_id in [key for key in known if key in set(runs)] or list(known):
+                del known[run_id]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""How many requests this process makes, and how long things take: the same for all contenders."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import attrs
+import httpx
+
+
+@attrs.define
+class Meter:
+    """What was used between the beginning of a block and its end, or until now.
+
+    Args:
+        began: When, by `time.perf_counter`.
+        requests: How many, by method and path; ids are left out.
+        ended: When the block ended.
+    """
+
+    began: float
+    requests: Counter[str] = attrs.field(factory=Counter)
+    ended: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended or time.perf_counter()) - self.began
+
+
+@contextlib.contextmanager
+def metered() -> Iterator[Meter]:
+    """Count every HTTP request of this process, whichever thread makes it."""
+    meter = Meter(time.perf_counter())
+    send, asend = httpx.Client.send, httpx.AsyncClient.send
+
+    def counted(self, request, *args, **options):
+        meter.requests[_name(request)] += 1
+        return send(self, request, *args, **options)
+
+    async def acounted(self, request, *args, **options):
+        meter.requests[_name(request)] += 1
+        return await asend(self, request, *args, **options)
+
+    httpx.Client.send, httpx.AsyncClient.send = counted, acounted
+    try:
+        yield meter
+    finally:
+        meter.ended = time.perf_counter()
+        httpx.Client.send, httpx.AsyncClient.send = send, asend
+
+
+def _name(request: httpx.Request) -> str:
+    parts = [part if len(part) != 36 else "{id}" for part in request.url.path.split("/")]
+    return f"{request.method} {'/'.join(parts)}"

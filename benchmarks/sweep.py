@@ -1,0 +1,118 @@
+"""What it costs to cancel 500 live runs on the server: `python benchmarks/sweep.py [--runs 500]`.
+
+A tree of runs without processes: from the call until the server has taken every request. Ours finds
+the tree first, by the root's id alone. The floor knows the ids: the same states, written raw, 50 a
+request, one request after another, which on SQLite is the quickest way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from uuid import UUID
+
+from launch import Enough, create
+from prefect import flow
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.runtime import flow_run
+from stage import DEPLOYMENT, deploy_child, only_server, parser, set_children
+
+from supervised import supervised_flow, supervisor
+
+BULK = 50
+_PAGE = 200
+
+
+def main() -> int:
+    options = arguments()
+    rows = []
+    for database in options.databases:
+        for _ in range(options.repetitions):
+            with only_server(database):
+                asyncio.run(deploy_child())
+                for name, contender in random.sample(list(CONTENDERS.items()), len(CONTENDERS)):
+                    seconds = asyncio.run(contender(options.runs))
+                    row = {"database": database, "contender": name, "seconds": seconds}
+                    rows.append({"runs": options.runs, **row})
+                    sys.stderr.write(f"{rows[-1]}\n")
+    json.dump(rows, sys.stdout, indent=2)
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    made = parser(__doc__, repetitions=3)
+    made.add_argument("--runs", type=int, default=500)
+    return made.parse_args()
+
+
+async def ours(runs: int) -> float:
+    """A body that raises."""
+    marks = {}
+
+    @supervised_flow(grace_seconds=1)
+    async def parent() -> None:
+        marks["run"] = flow_run.id
+        children = [supervisor.spawn(DEPLOYMENT, {"part": part}) for part in range(runs)]
+        while any(each.flow_run_id is None for each in children):
+            await asyncio.sleep(0.1)
+        async with get_client() as client:
+            await set_children(client, flow_run.id, "SCHEDULED", "RUNNING", runs)
+        marks["began"] = time.time()
+        raise Enough
+
+    await parent(return_state=True)
+    return await last_request(marks["run"], runs) - marks["began"]
+
+
+async def floor(runs: int) -> float:
+    """The same states, written raw."""
+
+    @flow
+    async def parent() -> float:
+        async with get_client() as client:
+            found = await client.read_deployment_by_name(DEPLOYMENT)
+            for first in range(0, runs, 100):
+                parts = range(first, min(runs, first + 100))
+                await create(client, found.id, UUID(flow_run.id), parts)
+            ids = [run.id for run in await read_children(client, flow_run.id, runs)]
+            await set_children(client, flow_run.id, "SCHEDULED", "RUNNING", runs)
+            began = time.time()
+            for start in range(0, runs, BULK):
+                body = {
+                    "flow_runs": {
+                        "id": {"any_": [str(each) for each in ids[start : start + BULK]]}
+                    },
+                    "state": {"type": "CANCELLING", "name": "Cancelling"},
+                }
+                await client.request("POST", "/flow_runs/bulk_set_state", json=body)
+            return await last_request(flow_run.id, runs) - began
+
+    return await parent()
+
+
+async def last_request(parent: str, runs: int) -> float:
+    """Return when the server has set the last child to `Cancelling`."""
+    async with get_client() as client:
+        found = await read_children(client, parent, runs)
+    assert {run.state.type.value for run in found} == {"CANCELLING"}
+    return max(run.state.timestamp.timestamp() for run in found)
+
+
+async def read_children(client: PrefectClient, parent: str, runs: int) -> list:
+    below = FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": [parent]}})
+    found = []
+    while len(found) < runs:
+        found += await client.read_flow_runs(flow_run_filter=below, limit=_PAGE, offset=len(found))
+    return found
+
+
+CONTENDERS: dict[str, Callable[[int], Awaitable[float]]] = {"supervised": ours, "floor": floor}
+
+if __name__ == "__main__":
+    sys.exit(main())
