@@ -12,7 +12,8 @@ General layout, every module importing only from those below it:
 - `_own_run`, `_link`, `_lease`: and for the run itself: its cancellation, its parent, its life.
 - `_process`, `_inline`, `_body`: code that runs here: a child's, and the flow's own.
 - `_restart`, `_slots`, `_finalizers`: who begins again, how many run at once, what else must end.
-- `_join`, `_registry`, `_child`: children waited for, the children of one scope, one child.
+- `_join`, `_registry`: children waited for, the children of one scope.
+- `_finished`, `_child`: one that is over, and any one.
 - `_host`: the process that all of this runs in.
 - `_api`, `_bulk`, `_batch`: Prefect's client, and how it asks for many things at once.
 - `_pace`, `_budget`: how many requests there are at a time, and in a minute.

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
@@ -32,7 +33,7 @@ from supervised._log import get_logger
 from supervised._types import CancelReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Generator, Mapping
     from datetime import datetime
     from uuid import UUID
 
@@ -54,6 +55,17 @@ _ERRORS: dict[Outcome, type[ChildError]] = {
     "detached": ChildError,
 }
 _NO_RESULT: Any = object()
+
+Callback = tuple[Callable[[Any], None], contextvars.Context]
+
+
+def _ignore(_: Child[Any]) -> None:
+    """Do nothing about a child that has been settled."""
+
+
+def _is_final(_: Child[Any], __: End) -> bool:
+    """Tell that the end of an attempt is the end of its child."""
+    return False
 
 
 @attrs.frozen
@@ -88,6 +100,7 @@ class Attempt:
     is_over: bool = False
 
 
+@attrs.define(eq=False, repr=False, kw_only=True)  # with slots: there may be 100,000
 class Child(PrefectFuture[R], Generic[R]):
     """A run that a supervisor launched and will not outlive.
 
@@ -101,62 +114,51 @@ class Child(PrefectFuture[R], Generic[R]):
         ```
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        kind: Kind,
-        key: str,
-        target: str,
-        on_parent: Mapping[Cause, Action],
-        on_done: Callable[[Child[Any]], None],
-        on_settled: Callable[[Child[Any]], None] = lambda _: None,
-        on_attempt_over: Callable[[Child[Any], End], bool] = lambda *_: False,
-        ask_cancel: Callable[[Child[Any], CancelReason], None],
-        ask_detach: Callable[[Child[Any]], None],
-        timeout_seconds: float | None = None,
-        run_name: str | None = None,
-        home_loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        self.name = name
-        self.kind: Kind = kind
-        self.key = key
-        self.target = target
-        self.generation = 0
-        self.restarts = 0
-        self.used_up_restarts = False
-        self.on_parent = on_parent
-        self.timeout_seconds = timeout_seconds
-        self.run_name = run_name
-        self._lock = threading.Lock()
-        self._done: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._callbacks: list[tuple[Callable[[Child[R]], None], contextvars.Context]] = []
-        self._on_done = on_done
-        self._on_settled = on_settled
-        self._on_attempt_over = on_attempt_over
-        self._ask_cancel = ask_cancel
-        self._ask_detach = ask_detach
-        self._flow_run: FlowRun | None = None
-        self._tracking_id = uuid4()
-        self._state: State[Any] | None = None
-        self._final_state: State[Any] | None = None
-        self._outcome: Outcome | None = None
-        self._value: Any = _NO_RESULT
-        self._exception: BaseException | None = None
-        self._waiters = 0
-        self.delivered = False
-        self.is_raced = False  # somebody else tells of its failure: the race that it is in
-        self.cancel_reason: CancelReason | None = None
-        self.requested_at: datetime | None = None
-        self.acknowledged_at: datetime | None = None
-        self.ended_at: datetime | None = None
-        self.span: _telemetry.ChildSpan | None = None
-        self.escalations: list[str] = []
-        self.detach_requested = False
-        self.keeper: UUID | None = None  # of an adopted one: the run that looks after it
-        self.attempt = Attempt(is_queued=kind != "adopted")
-        # The loop an inline async child runs in; waiting there synchronously would deadlock.
-        self.home_loop = home_loop
+    name: str
+    kind: Kind
+    key: str
+    target: str
+    on_parent: Mapping[Cause, Action]
+    timeout_seconds: float | None = None
+    run_name: str | None = None
+    home_loop: asyncio.AbstractEventLoop | None = None
+    """The loop an inline async child runs in; waiting there synchronously would deadlock."""
+    _on_done: Callable[[Child[Any]], None]
+    _on_settled: Callable[[Child[Any]], None] = _ignore
+    _on_attempt_over: Callable[[Child[Any], End], bool] = _is_final
+    _ask_cancel: Callable[[Child[Any], CancelReason], None]
+    _ask_detach: Callable[[Child[Any]], None]
+
+    generation: int = attrs.field(default=0, init=False)
+    restarts: int = attrs.field(default=0, init=False)
+    used_up_restarts: bool = attrs.field(default=False, init=False)
+    delivered: bool = attrs.field(default=False, init=False)
+    is_raced: bool = attrs.field(default=False, init=False)
+    """Whether somebody else tells of its failure: the race that it is in."""
+    cancel_reason: CancelReason | None = attrs.field(default=None, init=False)
+    requested_at: datetime | None = attrs.field(default=None, init=False)
+    acknowledged_at: datetime | None = attrs.field(default=None, init=False)
+    ended_at: datetime | None = attrs.field(default=None, init=False)
+    span: _telemetry.ChildSpan | None = attrs.field(default=None, init=False)
+    escalations: tuple[str, ...] = attrs.field(default=(), init=False)
+    detach_requested: bool = attrs.field(default=False, init=False)
+    keeper: UUID | None = attrs.field(default=None, init=False)
+    """Of an adopted one: the run that looks after it."""
+    attempt: Attempt = attrs.field(init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    _done: concurrent.futures.Future[None] | None = attrs.field(default=None, init=False)
+    _is_told: bool = attrs.field(default=False, init=False)
+    _callbacks: tuple[Callback, ...] = attrs.field(default=(), init=False)
+    _flow_run: FlowRun | None = attrs.field(default=None, init=False)
+    _tracking_id: UUID | None = attrs.field(default=None, init=False)
+    _state: State[Any] | None = attrs.field(default=None, init=False)
+    _outcome: Outcome | None = attrs.field(default=None, init=False)
+    _value: Any = attrs.field(default=_NO_RESULT, init=False)
+    _exception: BaseException | None = attrs.field(default=None, init=False)
+    _waiters: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.attempt = Attempt(is_queued=self.kind != "adopted")
 
     def __repr__(self) -> str:
         run = f" {self.flow_run_id}" if self.flow_run_id else ""
@@ -178,12 +180,16 @@ class Child(PrefectFuture[R], Generic[R]):
     def task_run_id(self) -> Any:
         """The id of the tracking task run that links the child to its parent's run."""
         linked = self._flow_run.parent_task_run_id if self._flow_run is not None else None
-        return linked or self._tracking_id
+        return linked or self._own_tracking_id()
 
     @property
     def state(self) -> State[Any]:
         """The child's last known Prefect state; `Pending` before it has one."""
         return self._state or Pending(message="The run is being created.")
+
+    @property
+    def _final_state(self) -> State[Any] | None:  # type: ignore[override]  # futures.wait asks it
+        return self.state if self.is_over else None
 
     @property
     def outcome(self) -> Outcome | None:
@@ -227,7 +233,7 @@ class Child(PrefectFuture[R], Generic[R]):
             RuntimeError: If called in the event loop that the child itself needs.
         """
         self.refuse_deadlock()
-        wait_in_slices(self._done, timeout)
+        wait_in_slices(self._when_told(), timeout)
 
     async def wait_async(self, timeout: float | None = None) -> None:
         """Wait in the running event loop until the child is over, whatever its outcome.
@@ -300,7 +306,7 @@ class Child(PrefectFuture[R], Generic[R]):
         """
         with self._lock:
             if not self.is_over:
-                self._callbacks.append((fn, contextvars.copy_context()))
+                self._callbacks += ((fn, contextvars.copy_context()),)
                 return
         fn(self)
 
@@ -343,7 +349,7 @@ class Child(PrefectFuture[R], Generic[R]):
     def remove_done_callback(self, fn: Callable[[Any], None]) -> None:
         """Forget a callback that has not been called."""
         with self._lock:
-            self._callbacks = [entry for entry in self._callbacks if entry[0] is not fn]
+            self._callbacks = tuple(entry for entry in self._callbacks if entry[0] is not fn)
 
     def refuse_deadlock(self) -> None:
         """Refuse to wait for the child in a thread that its end depends on.
@@ -383,8 +389,13 @@ class Child(PrefectFuture[R], Generic[R]):
     def new_tracking_id(self) -> UUID:
         """Return the id for the tracking task run of the current generation."""
         if self.generation:
-            self._tracking_id = uuid4()
-        return self._tracking_id
+            self._tracking_id = None
+        return self._own_tracking_id()
+
+    def _own_tracking_id(self) -> UUID:
+        with self._lock:
+            self._tracking_id = self._tracking_id or uuid4()
+            return self._tracking_id
 
     def begin_restart(self) -> bool:
         """Forget the attempt that has ended; what comes next is a new run.
@@ -399,7 +410,7 @@ class Child(PrefectFuture[R], Generic[R]):
             self.restarts += 1
             self._flow_run = self._state = None
             self.cancel_reason = self.requested_at = self.acknowledged_at = None
-            self.escalations = []
+            self.escalations = ()
             self.attempt = Attempt()
             return True
 
@@ -441,7 +452,7 @@ class Child(PrefectFuture[R], Generic[R]):
 
     def note_escalation(self, step: str) -> None:
         """Record what had to be done beyond the first request."""
-        self.escalations.append(step)
+        self.escalations += (step,)
         if self.span is not None and self.requested_at is not None:
             waited = (_clock.utc_now() - self.requested_at).total_seconds()
             self.span.escalated(step, waited)
@@ -484,10 +495,9 @@ class Child(PrefectFuture[R], Generic[R]):
             self._exception = exception
             if state is not None:
                 self._state = state
-            self._final_state = self._state
             self.ended_at = _clock.utc_now()
             self.delivered = self._waiters > 0
-            callbacks, self._callbacks = self._callbacks, []
+            callbacks, self._callbacks = self._callbacks, ()
         if self.span is not None:
             unasked = outcome == "cancelled" and reason is None and self.delivered
             self.span.end(
@@ -501,7 +511,7 @@ class Child(PrefectFuture[R], Generic[R]):
         try:
             self._on_done(self)
         finally:
-            self._done.set_result(None)
+            self._wake()
         for callback, context in callbacks:
             try:
                 context.run(callback, self)
@@ -527,6 +537,22 @@ class Child(PrefectFuture[R], Generic[R]):
         error.__cause__ = cause
         return error
 
+    @property
+    def holds_result(self) -> bool:
+        """Whether it ran here and its result is in this handle and perhaps nowhere else."""
+        return self.is_local and self._value is not None
+
+    def be_completed(
+        self, run: FlowRun, state: State[Any], *, ended_at: datetime, task_run_id: UUID
+    ) -> None:
+        """Be the handle of a child that has completed; its scope has heard of that before."""
+        self.attempt = Attempt(is_over=True)
+        self._flow_run, self._state, self._tracking_id = run, state, task_run_id
+        self._outcome, self.ended_at = "completed", ended_at
+        if self.is_local:
+            self._value = None
+        self.delivered = self._is_told = True
+
     def load_exception(self) -> None:
         """Fetch what the child raised elsewhere, if that was persisted."""
         self._exception = self._load_exception_sync()
@@ -536,6 +562,22 @@ class Child(PrefectFuture[R], Generic[R]):
         self._exception = await self._load_exception()
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _when_told(self) -> concurrent.futures.Future[None]:
+        """Return a future that is done once the child is over and the scope has heard of it."""
+        with self._lock:
+            if self._done is None:
+                self._done = concurrent.futures.Future()
+                if self._is_told:
+                    self._done.set_result(None)
+            return self._done
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._is_told = True
+            done = self._done
+        if done is not None:
+            done.set_result(None)
 
     def _require_over(self, timeout: float | None) -> None:
         if not self.is_over:

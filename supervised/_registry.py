@@ -7,24 +7,30 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from supervised._errors import DuplicateKeyError, ScopeClosedError
+from supervised._finished import Finished
 from supervised._identity import is_comparable, occurrence_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from uuid import UUID
 
     from supervised._child import Child
     from supervised._types import CancelReason
 
 
 class Registry:
-    """Keeps children by key. A child that is over stays, so that reports can name it."""
+    """Keeps children by key.
+
+    A child that is over stays, so that reports can name it. Of one that has completed only as much
+    stays as it takes to make its handle again, unless somebody holds that: there may be 100,000.
+    """
 
     def __init__(self, scope: str) -> None:
         self._scope = scope
         self._lock = threading.RLock()
-        self._children: dict[str, Child[Any]] = {}
-        self._work: dict[str, str] = {}
-        self._occurrences: dict[str, int] = {}
+        self._children: dict[str, Child[Any] | Finished] = {}
+        self._work: dict[str, str] = {}  # where the key does not tell
+        self._occurrences: dict[str, int] = {}  # of what was spawned more than once
         self._live = 0
         self._waiting: list[concurrent.futures.Future[None]] = []
         self._banned: str | None = None
@@ -47,8 +53,9 @@ class Registry:
             self.require_open()
             if key is None:
                 key = self._next_key(work)
-            elif (known := self._children.get(key)) is not None:
-                if self._work[key] == work and is_comparable(work):
+            elif key in self._children:
+                known = self._handle(key)
+                if self._work.get(key, key) == work and is_comparable(work):
                     return known, False
                 why = "other parameters" if is_comparable(work) else "parameters beyond comparison"
                 raise DuplicateKeyError(
@@ -57,7 +64,8 @@ class Registry:
                     child=known.name,
                 )
             child = self._children[key] = make(key)
-            self._work[key] = work
+            if key != work:
+                self._work[key] = work
             self._live += 1
             return child, True
 
@@ -74,16 +82,20 @@ class Registry:
             )
 
     def _next_key(self, work: str) -> str:
+        if work not in self._children:
+            return work
         while True:
-            self._occurrences[work] = occurrence = self._occurrences.get(work, 0) + 1
+            self._occurrences[work] = occurrence = self._occurrences.get(work, 1) + 1
             key = occurrence_key(work, occurrence)
             if key not in self._children:
                 return key
 
-    def finished(self, _: Child[Any]) -> None:
-        """Count one child as over."""
+    def finished(self, child: Child[Any]) -> None:
+        """Count one child as over, and keep no more of it than is needed."""
         with self._lock:
             self._live -= 1
+            if self._banned is None and (kept := Finished.of(child)) is not None:
+                self._children[child.key] = kept
             if self._live:
                 return
         self._wake_waiters()
@@ -130,11 +142,39 @@ class Registry:
     def all(self) -> list[Child[Any]]:
         """Return every child, in the order of spawning."""
         with self._lock:
-            return list(self._children.values())
+            return [self._handle(key) for key in self._children]
+
+    def kept(self) -> list[Child[Any]]:
+        """Return the children that may have to be ended or told of, in the order of spawning."""
+        with self._lock:
+            return [each for each in self._children.values() if not isinstance(each, Finished)]
+
+    def finished_children(self) -> list[Finished]:
+        """Return what is kept of the others."""
+        with self._lock:
+            return [each for each in self._children.values() if isinstance(each, Finished)]
 
     def live(self) -> list[Child[Any]]:
         """Return the children that are not over, in the order of spawning."""
-        return [child for child in self.all() if not child.is_over]
+        return [child for child in self.kept() if not child.is_over]
+
+    def owns(self, child: Child[Any]) -> bool:
+        """Whether a child was admitted here."""
+        with self._lock:
+            known = self._children.get(child.key)
+            return known is child or (isinstance(known, Finished) and known.handle() is child)
+
+    def of_run(self, run_id: UUID) -> Child[Any] | None:
+        """Return the child that has a run, or that has been told to adopt it."""
+        with self._lock:
+            for key, each in self._children.items():
+                if each.flow_run_id == run_id or each.target == str(run_id):
+                    return self._handle(key)
+        return None
+
+    def _handle(self, key: str) -> Child[Any]:
+        known = self._children[key]
+        return known.child() if isinstance(known, Finished) else known
 
 
 def describe_ban(reason: CancelReason) -> str:

@@ -258,7 +258,7 @@ class Restarts:
         return True
 
     def _members(self, child: Child[Any], intensity: Intensity) -> list[Child[Any]]:
-        children = self._registry.all()
+        children = self._registry.kept()
         free = [
             position
             for position, each in enumerate(children)

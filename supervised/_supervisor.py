@@ -114,6 +114,14 @@ class Supervisor(Joiners):
         self._lock = threading.RLock()
         self._registry = Registry(flow.name)
         self._lives = Lifecycle(self, self._registry)
+        self._make_child = functools.partial(
+            Child,
+            on_done=self._on_child_done,
+            on_settled=self._lives.settled,
+            on_attempt_over=self._lives.attempt_over,
+            ask_cancel=self._lives.cancel,
+            ask_detach=self._lives.detach,
+        )
         self._plane: Plane[Services] | None = None
         self._span: _telemetry.SupervisorSpan | None = None
         self._ending: tuple[Cause, CancelReason] | None = None
@@ -339,16 +347,6 @@ class Supervisor(Joiners):
             self._begin(child, lambda: self._lives.start(child, spec))
         return child
 
-    def _make_child(self, **given: Any) -> Child[Any]:
-        return Child(
-            on_done=self._on_child_done,
-            on_settled=self._lives.settled,
-            on_attempt_over=self._lives.attempt_over,
-            ask_cancel=self._lives.cancel,
-            ask_detach=self._lives.detach,
-            **given,
-        )
-
     def _begin(self, child: Child[Any], begin: Callable[[], object]) -> None:
         try:
             begin()
@@ -413,9 +411,8 @@ class Supervisor(Joiners):
                 timeout_seconds=timeout_seconds,
             )
 
-        for known in self._registry.all():
-            if known.flow_run_id == run_id or known.target == str(run_id):
-                return self._adopted_before(known, key)
+        if (known := self._registry.of_run(run_id)) is not None:
+            return self._adopted_before(known, key)
         own_key = key or f"adopted:{run_id}"
         child, is_new = self._registry.admit(key=own_key, work=str(run_id), make=make)
         if is_new:
@@ -595,7 +592,7 @@ class Supervisor(Joiners):
 
     def owns(self, child: Child[Any]) -> bool:
         """Whether this scope spawned the child."""
-        return any(each is child for each in self._registry.all())
+        return self._registry.owns(child)
 
     @property
     def is_own_process(self) -> bool:
@@ -1021,7 +1018,8 @@ class Supervisor(Joiners):
             lineage=self.lineage,
             cause=cause,
             reason=reason,
-            children=self._registry.all,
+            children=self._registry.kept,
+            finished=self._registry.finished_children,
             in_body=self.runs_in_body,
             body_runs=lambda: self.body.is_running,
             budget=Budget(self.options.grace_seconds),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from supervised._api import Orchestrator
     from supervised._child import Child
+    from supervised._finished import Finished
     from supervised._watch import Watcher
 
 logger = get_logger("prefect.supervised.teardown")
@@ -42,8 +43,6 @@ _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
 _LOOK_SECONDS = 0.05
 _INLINE_SECONDS = 1.0
-_HEARING_SECONDS = 3.0
-_HEARING_LOOK_SECONDS = 0.2
 _REQUEST_SECONDS = 8.0
 _FOREIGN_SECONDS = 2.0
 _ASKING_SECONDS = 5.0
@@ -59,6 +58,7 @@ class Teardown:
         cause: How that run ends.
         reason: The same in words; it becomes the state message of every cancelled run.
         children: The registry's children, direct and known, over or not.
+        finished: Those that have completed, and of which only that is kept.
         in_body: Supervised runs in this process, below the body; they have teardowns of their own.
         body_runs: Whether the body is still running, and with it what it has called plainly.
         budget: Seconds for all of it.
@@ -85,6 +85,7 @@ class Teardown:
         cause: Cause,
         reason: CancelReason,
         children: Callable[[], Iterable[Child[Any]]],
+        finished: Callable[[], Iterable[Finished]] = tuple,
         in_body: Callable[[], set[UUID]],
         body_runs: Callable[[], bool] = lambda: False,
         budget: Budget,
@@ -103,6 +104,7 @@ class Teardown:
         self._cause: Cause = cause
         self._reason = reason
         self._children = children
+        self._finished = finished
         self._in_body = in_body
         self._body_runs = body_runs
         self._budget = budget
@@ -253,8 +255,7 @@ class Teardown:
 
     async def _wait(self) -> None:
         if self._delegate_to is not None:
-            await self._wait_for_inline()
-            await self._wait_to_hear()
+            await self._wait_for_own()
             return
         swept = _clock.monotonic()
         await anyio.lowlevel.checkpoint()  # with no budget left, nothing is escalated either
@@ -395,29 +396,29 @@ class Teardown:
         return target is not None and target.action == "wait" and not target.is_over
 
     async def _discover_linked(self) -> None:
-        frontier = {self._top} | {
-            child.flow_run_id for child in self._children() if child.flow_run_id is not None
-        }
+        finished = {each.flow_run_id: each.kind for each in self._finished()}
+        frontier = {self._top, *finished}
         frontier |= {t.run_id for t in self._targets if t.run_id is not None}
-        self._gone |= {
-            child.flow_run_id
-            for child in self._children()
-            if child.kind == "deployment" and child.is_over and child.flow_run_id is not None
-        }
+        for child in self._children():
+            if child.flow_run_id is not None:
+                frontier.add(child.flow_run_id)
+                if child.is_over:
+                    finished[child.flow_run_id] = child.kind
+        self._gone |= {run_id for run_id, kind in finished.items() if kind == "deployment"}
         seen = set(frontier)
         depth = 1
         while frontier := {run_id for run_id in frontier if not self._is_left_alone(run_id)}:
             found = await self._api.read_children(frontier)
             inline = [run for run in found if run.deployment_id is None and not is_over(run)]
             parents = await self._api.read_parents(inline) if inline else {}
-            children = self._known_children()
+            known = self._known_children()
             for run in found:
                 if run.labels.get(_identity.DETACHED):
                     self._spare(run.id)
                 elif is_over(run) and run.deployment_id is not None:
                     self._gone.add(run.id)
                 if run.id not in seen and not is_over(run):
-                    self._take_run(run, children, depth=depth, parent_id=parents.get(run.id))
+                    self._take_run(run, known, depth=depth, parent_id=parents.get(run.id))
             frontier = {run.id for run in found} - seen
             seen |= frontier
             depth += 1
@@ -580,26 +581,25 @@ class Teardown:
             await self._verify([t for t in open_ends if t.runs_remotely or not t.is_over])
 
     async def _wait_for_inline(self) -> None:
-        """Wait for what runs in this process; an ancestor verifies everything else."""
+        """Wait for what runs in this process."""
         while any(target.is_local for target in self._pending()):
-            await anyio.sleep(_LOOK_SECONDS)
-            self._lose_patience()
-            await self._request()
-            await self._escalate()
+            await self._go_on()
 
-    async def _wait_to_hear(self) -> None:
-        """Wait a little for the others too, without a request, while events tell of their ends.
+    async def _wait_for_own(self) -> None:
+        """Wait for what runs in this process, and for what is to be waited for by its policy.
 
-        A process that ends takes CPU from those of its children, and a runner that finds one of
-        these alive after 3 s looks again only 3 s later: of nine processes on two cores, one in
-        twenty missed the first look. By then either they are gone or waiting does not help: with
-        4 s, one tree in seven was gone after 6 to 7 s.
+        An ancestor verifies everything else. To stay for that would cost time on each level: the
+        last process would be gone so much later.
         """
-        with anyio.move_on_after(_HEARING_SECONDS):
-            while self._watcher.hears and self._pending():
-                await anyio.sleep(_HEARING_LOOK_SECONDS)
-                self._take_children()
-                await self._request()
+        while any(target.is_local or target.action == "wait" for target in self._pending()):
+            await self._go_on()
+            self._take_children()  # one may have been let go meanwhile
+
+    async def _go_on(self) -> None:
+        await anyio.sleep(_LOOK_SECONDS)
+        self._lose_patience()
+        await self._request()
+        await self._escalate()
 
     # -- escalate ---------------------------------------------------------------------------
 
