@@ -21,6 +21,9 @@ from support.world import World
 SHAPES = {
     "8 leaves": [8],
     "3 levels, 13 runs": [3, 3],
+    "1 level": [1],
+    "2 levels": [1, 1],
+    "3 levels": [1, 1, 1],
     "1 level of 2": [2],
     "2 levels of 2": [2, 2],
     "3 levels of 2": [2, 2, 2],
