@@ -123,11 +123,13 @@ class Child(PrefectFuture[R], Generic[R]):
     run_name: str | None = None
     home_loop: asyncio.AbstractEventLoop | None = None
     """The loop an inline async child runs in; waiting there synchronously would deadlock."""
-    _on_done: Callable[[Child[Any]], None]
-    _on_settled: Callable[[Child[Any]], None] = _ignore
-    _on_attempt_over: Callable[[Child[Any], End], bool] = _is_final
-    _ask_cancel: Callable[[Child[Any], CancelReason], None]
-    _ask_detach: Callable[[Child[Any]], None]
+    _on_done: Callable[[Child[Any]], None] = attrs.field(alias="on_done")
+    _on_settled: Callable[[Child[Any]], None] = attrs.field(default=_ignore, alias="on_settled")
+    _on_attempt_over: Callable[[Child[Any], End], bool] = attrs.field(
+        default=_is_final, alias="on_attempt_over"
+    )
+    _ask_cancel: Callable[[Child[Any], CancelReason], None] = attrs.field(alias="ask_cancel")
+    _ask_detach: Callable[[Child[Any]], None] = attrs.field(alias="ask_detach")
 
     generation: int = attrs.field(default=0, init=False)
     restarts: int = attrs.field(default=0, init=False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from supervised._types import Action, Cause, Kind
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.define(eq=False, kw_only=True)
 class Finished:
     """A child that has completed, in less than a kilobyte; its handle takes eight.
 
@@ -100,8 +100,12 @@ class Finished:
         )
 
     def child(self) -> Child[Any]:
-        """Return the child's handle, or make one."""
-        return self.handle() or self._make()
+        """Return the child's handle; make one if nobody holds it. Under the registry's lock."""
+        held = self.handle()
+        if held is None:
+            held = self._make()
+            self.handle = weakref.ref(held)
+        return held
 
     def _make(self) -> Child[Any]:
         child: Child[Any] = Child(

@@ -520,11 +520,14 @@ class Lifecycle:
 
     async def _cut_loose(self, services: Services, child: Child[Any], run: FlowRun) -> None:
         """Have the server know that a child is detached: who else ends trees asks it."""
-        try:
+
+        async def tell() -> None:
             async with self._cutting:
-                if not await _launch.patiently(lambda: self._scope.check_superseded(services)):
-                    labels = {_identity.DETACHED: True}
-                    await _launch.patiently(lambda: services.api.cut_loose(run, labels))
+                await services.api.cut_loose(run, {_identity.DETACHED: True})
+
+        try:
+            if not await _launch.patiently(lambda: self._scope.check_superseded(services)):
+                await _launch.patiently(tell)
         except Exception:
             self._logger.exception(
                 "Child %r (%s) is detached, but the server could not be told, so it may still be "
