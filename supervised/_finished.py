@@ -93,7 +93,7 @@ class Finished:
             deployment_id=_shared(run.deployment_id),
             is_linked=run.parent_task_run_id is not None,
             state_name=sys.intern(state.name or "Completed"),
-            message=sys.intern(state.message) if state.message else None,
+            message=None if state.message is None else sys.intern(state.message),
             timestamp=state.timestamp.timestamp(),
             data=(type(stored), stored.model_dump_json()) if stored is not None else None,
             ended_at=child.ended_at.timestamp(),

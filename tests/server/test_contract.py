@@ -1,6 +1,7 @@
 """What a child is promised, on a real server: joins, restarts, retries, adoption, limits."""
 
 import asyncio
+import gc
 import os
 import random
 import signal
@@ -67,6 +68,23 @@ def leaf(world: World, part: int = 0) -> dict[str, object]:
 def read(run_id):
     with get_client(sync_client=True) as client:
         return client.read_flow_run(run_id)
+
+
+# -- all of them --------------------------------------------------------------------------------
+
+
+def test_children_that_nobody_held_give_their_results_when_they_are_asked(deployed: World):
+    @supervised_flow
+    async def parent():
+        for part in range(3):
+            supervisor.spawn("persisted/test", leaf(deployed, part), name=f"part {part}")
+        supervisor.spawn(double, {"x": 7}, name="inline")
+        while not all(child.is_over for child in supervisor.children):
+            await asyncio.sleep(0.1)
+        gc.collect()
+        return {child.name: await child for child in supervisor.children}
+
+    assert asyncio.run(parent()) == {"part 0": 0, "part 1": 10, "part 2": 20, "inline": 14}
 
 
 # -- joins --------------------------------------------------------------------------------------
