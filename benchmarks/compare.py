@@ -136,6 +136,7 @@ def cascade(contender: str, shape: str) -> Callable[[Row], float | None]:
 
 
 LEAVES, LEVELS = "8 leaves", "3 levels, 13 runs"
+CHAINS = {"1 level": ">= 3", "2 levels": ">= 5", "3 levels": ">= 7"}
 FIGURES = [
     Figure(
         "8 deployed leaves, parent cancelled: last process gone, plain / ours",
@@ -153,13 +154,13 @@ FIGURES = [
     ),
     *(
         Figure(
-            f"{levels} of 2: the recipe / ours",
+            f"{chain}, one child each: the recipe / ours",
             "cascade",
-            cascade("recipe", f"{levels} of 2"),
-            cascade("supervised", f"{levels} of 2"),
+            cascade("recipe", chain),
+            cascade("supervised", chain),
             target,
         )
-        for levels, target in (("1 level", ">= 3"), ("2 levels", ">= 5"), ("3 levels", ">= 7"))
+        for chain, target in CHAINS.items()
     ),
     *(
         Figure(
@@ -169,7 +170,7 @@ FIGURES = [
             cascade("floor", shape),
             "<= 2",
         )
-        for shape in (LEAVES, LEVELS)
+        for shape in (LEAVES, LEVELS, *CHAINS)
     ),
     Figure(
         "500 live runs cancelled on the server, ours / floor",
@@ -256,7 +257,17 @@ def page(results: Mapping[str, Any]) -> str:
                 ratio = statistics.median(top) / statistics.median(bottom)
                 cells = [figure.what, NAMES[database], told(top), told(bottom)]
                 lines.append(f"| {' | '.join([*cells, f'**{ratio:.3g}**', figure.target])} |")
-    lines += ["", *noticing(results), "", *growth(results), "", *provenance(results), ""]
+    lines += [
+        "",
+        *noticing(results),
+        "",
+        *imports(results),
+        "",
+        *growth(results),
+        "",
+        *provenance(results),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -279,6 +290,15 @@ def noticing(results: Mapping[str, Any]) -> list[str]:
     for row in results.get("noticing", {}).get("rows", []):
         lines.append(f"| {NAMES[row['database']]} | {row['contender']} | {told(row['seconds'])} |")
     return [*lines, "", "Targets: 0.3 s with events, 2 s without (medians)."]
+
+
+def imports(results: Mapping[str, Any]) -> list[str]:
+    rows = results.get("overhead", {}).get("rows", [])
+    lines = ["## Importing it", "", "| | seconds |", "|---|---|"]
+    for name in ("prefect", "prefect, supervised"):
+        found = medians(rows, values("seconds", figure="import", contender=name))
+        lines += [f"| `import {name}` | {told(found)} |"] if found else []
+    return lines
 
 
 def growth(results: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 A model of trees of 10 to 1,000,000 runs: what launching, waiting and cancelling take, how many
 requests they make, and what the parent keeps in memory. The rates are those that the other
-benchmarks have measured on one API server and two cores; each is an option, to be replaced by your
+benchmarks have measured, docs/benchmarks/results.json; each is an option, to be replaced by your
 own. For each figure the model names the size at which it is no longer comfortable, and the cause.
 """
 
@@ -11,20 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import attrs
 from rich.console import Console
 from rich.table import Table
 
+RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "results.json"
 SIZES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 POLL_SECONDS = 10.0  # supervised/_watch.py, while events flow: at least
 POLL_SHARE = 0.05  # and so long that reading takes no more of a server's time
 PAGE = 200
 CREATE = 100
 CANCEL = 50
-COMFORTABLE = {"launch": 60.0, "wait": 30.0, "teardown": 20.0, "memory": 4.0}
+COMFORTABLE = {"launch": 60.0, "wait": 30.0, "teardown": 20.0, "memory": 4.0, "kept": 4.0}
 
 
 @attrs.frozen(kw_only=True)
@@ -44,16 +47,32 @@ class Rates:
     create: float
     cancel: float
     read: float
+    live: int
+    finished: int
     servers: int = 1
     requests_per_minute: int | None = None
-    live: int = 14_000
-    finished: int = 13_500
 
 
-BACKENDS = {
-    "sqlite": Rates(create=0.046, cancel=0.025, read=0.0015),
-    "postgresql": Rates(create=0.043, cancel=0.018, read=0.0015),
-}
+def measured(backend: str) -> Rates:
+    """Return the medians of what the benchmarks have measured."""
+    results = json.loads(RESULTS.read_text())
+
+    def median(benchmark: str, key: str, *, each: str | None = None) -> float:
+        return statistics.median(
+            row[key] / (row[each] if each else 1)
+            for row in results[benchmark]["rows"]
+            if key in row
+            and row.get("database", backend) == backend
+            and row.get("contender", "floor") == "floor"
+        )
+
+    return Rates(
+        create=median("launch", "seconds", each="made"),
+        cancel=median("sweep", "seconds", each="runs"),
+        read=median("sweep", "reading", each="runs"),
+        live=round(median("growth", "bytes of a live child")),
+        finished=round(median("growth", "bytes of a finished child")),
+    )
 
 
 @attrs.frozen
@@ -79,7 +98,7 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=list(BACKENDS), default="postgresql")
+    parser.add_argument("--backend", choices=("sqlite", "postgresql"), default="postgresql")
     parser.add_argument("--json", action="store_true")
     for field in attrs.fields(Rates):
         kind = float if field.name in {"create", "cancel", "read"} else int
@@ -90,7 +109,7 @@ def arguments() -> argparse.Namespace:
 def rates_of(options: argparse.Namespace) -> Rates:
     given = {field.name: getattr(options, field.name) for field in attrs.fields(Rates)}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return attrs.evolve(BACKENDS[options.backend], **chosen)
+    return attrs.evolve(measured(options.backend), **chosen)
 
 
 # -- the model ------------------------------------------------------------------------------------
@@ -153,11 +172,17 @@ def memory(rates: Rates, size: int) -> Estimate:
     return Estimate(size * rates.live / 2**30, "the handles of live children")
 
 
+def kept(rates: Rates, size: int) -> Estimate:
+    """GiB in the parent when all children have completed and nobody holds their handles."""
+    return Estimate(size * rates.finished / 2**30, "what is kept of finished children")
+
+
 FIGURES: dict[str, Callable[[Rates, int], Estimate]] = {
     "launch": launch,
     "wait": wait,
     "teardown": teardown,
     "memory": memory,
+    "kept": kept,
 }
 
 
@@ -175,7 +200,7 @@ def knee(rates: Rates, name: str) -> dict[str, object]:
 
 # -- for people -----------------------------------------------------------------------------------
 
-UNITS = {"launch": "s", "wait": "s", "teardown": "s", "memory": "GiB"}
+UNITS = {"launch": "s", "wait": "s", "teardown": "s", "memory": "GiB", "kept": "GiB"}
 
 
 def show(rates: Rates, rows: list[dict[str, object]], knees: dict[str, dict[str, object]]) -> None:

@@ -90,7 +90,7 @@ class Batches(Generic[T, R]):
             pairs = list(zip(answers, results, strict=True))
         except Exception as exc:
             pairs = [(answer, exc) for answer in answers]
-        except BaseException:
+        except BaseException:  # the control plane ends: so does whoever waits
             for answer in answers:
                 answer.cancel()
             raise

@@ -75,7 +75,7 @@ class Finalizer:
             result = self.callback(*self.args, **self.kwargs)
             if inspect.isawaitable(result):
                 asyncio.run(_awaited(result))
-        except BaseException as exc:
+        except BaseException as exc:  # even SystemExit is the report's, and ends nothing else
             return exc
         return None
 

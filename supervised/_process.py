@@ -330,10 +330,10 @@ class _Body:
 
     def _end_with_parent(self) -> None:
         while os.getppid() == self.parent:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS)  # no portable event tells of a parent's death
         shutil.rmtree(self.folder, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(self.grace_seconds)
+        time.sleep(self.grace_seconds)  # for the main thread, which the signal interrupts
         if sys.platform != "win32":
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -330,20 +330,20 @@ def _leave_sync(supervisor: Supervisor, result: Any, exc: BaseException | None) 
             supervisor.prepare_completion()
             while not supervisor.seal():
                 wait_in_slices(supervisor.children_over())
-        except BaseException as interrupt:
+        except BaseException as interrupt:  # it decides what becomes of the children
             leaving.interrupted_by(interrupt)
     while (teardown := leaving.begin()) is not None:
         deadline = _Deadline(supervisor.grace_seconds + _SLACK_SECONDS)
         while not teardown.done() and not leaving.gives_up(deadline):
             try:
                 concurrent.futures.wait([teardown], timeout=SLICE_SECONDS)
-            except BaseException as interrupt:
+            except BaseException as interrupt:  # the teardown goes on; a second one gives it up
                 leaving.interrupted_by(interrupt)
         if leaving.is_given_up or not supervisor.launched_since_teardown:
             break
     try:
         _tidy_sync(leaving)
-    except BaseException as interrupt:
+    except BaseException as interrupt:  # raised by the conclusion
         leaving.interrupted_by(interrupt)
     return _conclude_sync(leaving, result)
 

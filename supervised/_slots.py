@@ -55,7 +55,7 @@ class Slots:
         self._serve()
         try:
             await turn.wait()
-        except BaseException:
+        except BaseException:  # cancelled, perhaps in the same instant in which its turn came
             if turn.is_set():
                 self.give_back(pool)
             else:

@@ -20,6 +20,7 @@ def mark(folder: str) -> None:
 
 
 def asked(folder: str, what: str) -> bool:
+    """Whether the test has said so, with `World.tell`."""
     return (Path(folder) / what).exists()
 
 
