@@ -109,6 +109,7 @@ class Teardown:
         self._body_runs = body_runs
         self._budget = budget
         self._delegate_to = delegate_to
+        self._is_handed_over = False
         self._top = top or lineage.run_id
         self._top_is_gone = top_is_gone
         self._can_wait = can_wait
@@ -226,8 +227,8 @@ class Teardown:
             self._is_waiting = not self._has_more_to_end
             if self._has_more_to_end:
                 await self._wait_within_budget()
-                continue
-            await self._read_if_due(waiting)
+            else:
+                await self._read_if_due(waiting)
             await anyio.sleep(_LOOK_SECONDS)
         self._is_waiting = False
         if self._has_more_to_end:
@@ -236,7 +237,7 @@ class Teardown:
     @property
     def _has_more_to_end(self) -> bool:
         """Whether a harder end has left something to end, and time for it."""
-        return self._left > 0 and bool(self._pending())
+        return self._left > 0 and bool(self._own())
 
     @property
     def _is_patient(self) -> bool:
@@ -292,6 +293,18 @@ class Teardown:
         """Return what has to end within the budget."""
         return [t for t in self._live() if t.action == "cancel" or not self._is_patient]
 
+    def _own(self) -> list[Target]:
+        """Return what nobody but this scope sees end within the budget.
+
+        If an ancestor verifies the tree, that is what runs in this process, and what its policy
+        says to wait for. To stay for the rest would cost time on each level: the last process
+        would be gone so much later.
+        """
+        pending = self._pending()
+        if self._delegate_to is None:
+            return pending
+        return [target for target in pending if target.is_local or target.action == "wait"]
+
     def _is_foreign(self, target: Target) -> bool:
         """Whether a run executes here, in a task that no scope started, and had its chance.
 
@@ -321,6 +334,8 @@ class Teardown:
                     child.detach()
                 continue
             if child.is_over and child.cancel_reason is None:
+                continue
+            if self._is_handed_over and not child.is_local:
                 continue
             target = self._targets.of_child(child.key)
             if target is None:
@@ -531,7 +546,7 @@ class Teardown:
         """Whether what runs elsewhere belongs to a later attempt of the scope's run."""
         if self._is_superseded is None or not await self._is_superseded():
             return False
-        self._delegate_to = self._lineage.run_id
+        self._delegate_to, self._is_handed_over = self._lineage.run_id, True
         for target in self._targets:
             if not target.is_local:
                 self._targets.remove(target)
@@ -586,12 +601,7 @@ class Teardown:
             await self._go_on()
 
     async def _wait_for_own(self) -> None:
-        """Wait for what runs in this process, and for what is to be waited for by its policy.
-
-        An ancestor verifies everything else. To stay for that would cost time on each level: the
-        last process would be gone so much later.
-        """
-        while any(target.is_local or target.action == "wait" for target in self._pending()):
+        while self._own():
             await self._go_on()
             self._take_children()  # one may have been let go meanwhile
 

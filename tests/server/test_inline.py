@@ -881,7 +881,7 @@ def test_a_cancelled_parent_waits_for_half_of_the_grace_and_then_cancels():
 
     assert asyncio.run(parent(return_state=True)).is_cancelled()
     assert children[0].outcome == "cancelled"
-    assert children[0].escalations == ["waited"]
+    assert children[0].escalations == ("waited",)
 
 
 def test_telling_the_supervisor_to_cancel_cancels_every_child_whatever_its_policy():
@@ -899,7 +899,7 @@ def test_telling_the_supervisor_to_cancel_cancels_every_child_whatever_its_polic
     (child,) = children
     assert child.outcome == "cancelled"
     assert str(child.cancel_reason) == "enough"
-    assert child.escalations == []
+    assert child.escalations == ()
 
 
 def test_a_child_that_waits_for_its_time_is_cancelled_at_once():

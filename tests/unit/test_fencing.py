@@ -2,6 +2,7 @@
 
 import asyncio
 
+import anyio
 import pytest
 from prefect import flow
 from prefect.states import AwaitingRetry, Running
@@ -179,3 +180,35 @@ def test_inline_children_of_a_replaced_attempt_end_with_what_they_launched():
         replace(prefect, run)
         prefect.advance(60)
         assert [child.state.name for child in run.below] == ["Cancelled", "Cancelled"]
+
+
+def test_a_replaced_attempt_that_fails_waits_for_nothing_that_is_not_its_own():
+    """What runs elsewhere is the later attempt's, whatever the policy says of the earlier one's."""
+    go = []
+
+    @supervised_flow
+    async def part():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(3)
+
+    @supervised_flow
+    async def root():
+        supervisor.spawn(part)
+        supervisor.spawn("score/gpu", key="waited for", on_parent={"failed": "wait"})
+        supervisor.spawn("score/gpu", key="ended")
+        while not go:
+            await asyncio.sleep(0.1)
+        raise RuntimeError("bad")
+
+    with world() as prefect:
+        run = prefect.start(root)
+        prefect.until(lambda: sum(each.state.is_running() for each in run.below) == 3)
+        prefect.faults = Faults(dropped_events=1.0)
+        replace(prefect, run)
+        go.append(True)
+        prefect.until(lambda: not run.has_process, within=30)
+        states = sorted(child.state.name for child in run.below)
+        assert states == ["Cancelled", "Running", "Running"]

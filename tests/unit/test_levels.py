@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from typing import get_args
+from uuid import uuid4
 
 import anyio
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Running
 
 from supervised import supervised_flow, supervisor
+from supervised._identity import Lineage
+from supervised._policy import Budget, parent_reason
+from supervised._teardown import Teardown
+from supervised._types import Cause
+from supervised._watch import Watcher
 from supervised.testing import FakePrefect
 from supervised.testing._client import FakeOrchestrator
 
@@ -81,6 +90,63 @@ def test_a_run_further_down_stays_for_a_child_that_is_to_be_waited_for():
         said.append("that will do")
         prefect.until(lambda: not prefect.alive, within=10)
         assert leaf.state.is_completed()
+
+
+def test_a_run_that_fails_while_its_tree_is_cancelled_waits_for_one_child_and_not_for_the_other():
+    """It waits for the one by its policy; the other is verified by the ancestor."""
+
+    @supervised_flow
+    async def fails():
+        supervisor.spawn("slow/test", on_parent={"failed": "wait", "cancelled": "wait"})
+        supervisor.spawn("slow/test")
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            raise ValueError("not like this") from None
+
+    with FakePrefect() as prefect:
+        prefect.deploy("region/test", fails, runner="region")
+        prefect.deploy("slow/test", slow, runner="slow")
+        run = prefect.start(root)
+        prefect.until(lambda: sum(each.has_process for each in prefect.runs) == 4, within=60)
+        run.cancel()
+        prefect.until(lambda: not prefect.alive, within=60)
+
+
+def test_a_harder_end_reaches_a_teardown_that_waits_beside_a_child_that_is_being_launched(
+    make_child,
+):
+    """Neither child gives it anything to ask the server for."""
+    run_id, ancestor = uuid4(), uuid4()
+    waited = make_child(key="waited", on_parent=dict.fromkeys(get_args(Cause), "wait"))
+    waited.assign_run(FlowRun(id=uuid4(), flow_id=uuid4(), state=Running()))
+    launching = make_child(key="launching")
+
+    async def play(api):
+        teardown = Teardown(
+            api,
+            Watcher(api),
+            flow_name="region",
+            lineage=Lineage(run_id, (ancestor, run_id)),
+            cause="failed",
+            reason=parent_reason("failed", "region"),
+            children=lambda: [waited, launching],
+            in_body=set,
+            budget=Budget(20.0),
+            delegate_to=ancestor,
+        )
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(teardown.run)
+            await anyio.sleep(1)
+            assert teardown.is_waiting
+            teardown.hurry("cancelled", parent_reason("cancelled", "region"))
+            await anyio.sleep(1)
+            assert not teardown.is_waiting
+            launching.settle("cancelled")
+            waited.settle("cancelled")
+
+    with FakePrefect() as prefect:
+        prefect.call(play(prefect.connect()))
 
 
 def test_detached_children_are_made_known_one_after_the_other(monkeypatch):
