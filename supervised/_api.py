@@ -107,6 +107,8 @@ class RunRequest:
     scheduled_time: datetime | None = None
     work_queue_name: str | None = None
     job_variables: Mapping[str, Any] | None = None
+    begin: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
+    """Asked when the request is about to go out; if it says no, nobody wants the run any more."""
 
 
 @attrs.frozen
@@ -143,7 +145,7 @@ class Orchestrator(Protocol):
 
     async def create_deployment_run(
         self, deployment: Deployment, request: RunRequest
-    ) -> FlowRun: ...
+    ) -> FlowRun | None: ...
 
     async def create_inline_run(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun: ...
 
@@ -221,7 +223,11 @@ class PrefectOrchestrator:
         # took 2 to 6 s side by side, and 0.4 s one after another.
         self._one_write = anyio.CapacityLimiter(1)
         self._bulk_creation = BulkCreation(client, self._one_write, self.read_runs, _tracking_task)
-        self._creations = Batches(self._create_runs, limit=BULK_CREATION_LIMIT)
+        self._creations = Batches(
+            self._create_runs,
+            limit=BULK_CREATION_LIMIT,
+            is_wanted=lambda item: item[1].begin(),
+        )
 
     async def close(self) -> None:
         """Create nothing more; the client belongs to who opened it."""
@@ -265,10 +271,15 @@ class PrefectOrchestrator:
             parameters=_parameter_types(found) if found.enforce_parameter_schema else None,
         )
 
-    async def create_deployment_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
+    async def create_deployment_run(
+        self, deployment: Deployment, request: RunRequest
+    ) -> FlowRun | None:
         """Create a deployment's run, or return the one that the same key made before.
 
         Those that are asked for in the same instant are created together.
+
+        Returns:
+            The run; `None` if nobody wanted it any more when its turn had come.
 
         Raises:
             ParametersError: If the deployment's schema refuses the parameters.

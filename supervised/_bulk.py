@@ -90,7 +90,11 @@ class BulkCreation:
             await anyio.sleep(pause)
             # Read, not believed: where one of them fails for the database's sake, the whole
             # transaction is gone, whatever the answer says of the others.
-            made = await self._read_runs(await self._create(deployment, missing))
+            try:
+                made = await self._read_runs(await self._create(deployment, missing))
+            except PrefectHTTPStatusError:
+                logger.debug("Reading what was created failed", exc_info=True)
+                break
             found |= {str(run.idempotency_key): run for run in made}
         return found
 
@@ -134,7 +138,11 @@ class BulkCreation:
             logger.debug("Sending %d events failed", len(events), exc_info=True)
             self._records_events = False
             return set()
-        recorded = await self._wait_until_recorded([each.tracking_id for each in requests])
+        try:
+            recorded = await self._wait_until_recorded([each.tracking_id for each in requests])
+        except PrefectHTTPStatusError:
+            logger.debug("Looking for %d task runs failed", len(events), exc_info=True)
+            return set()
         self._records_events = bool(recorded)
         return recorded
 

@@ -150,7 +150,7 @@ class Child(PrefectFuture[R], Generic[R]):
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
     _done: concurrent.futures.Future[None] | None = attrs.field(default=None, init=False)
     _is_told: bool = attrs.field(default=False, init=False)
-    _callbacks: tuple[Callback, ...] = attrs.field(default=(), init=False)
+    _callbacks: list[Callback] | None = attrs.field(default=None, init=False)
     _flow_run: FlowRun | None = attrs.field(default=None, init=False)
     _tracking_id: UUID | None = attrs.field(default=None, init=False)
     _state: State[Any] | None = attrs.field(default=None, init=False)
@@ -308,7 +308,8 @@ class Child(PrefectFuture[R], Generic[R]):
         """
         with self._lock:
             if not self.is_over:
-                self._callbacks += ((fn, contextvars.copy_context()),)
+                self._callbacks = self._callbacks or []
+                self._callbacks.append((fn, contextvars.copy_context()))
                 return
         fn(self)
 
@@ -351,7 +352,8 @@ class Child(PrefectFuture[R], Generic[R]):
     def remove_done_callback(self, fn: Callable[[Any], None]) -> None:
         """Forget a callback that has not been called."""
         with self._lock:
-            self._callbacks = tuple(entry for entry in self._callbacks if entry[0] is not fn)
+            kept = [entry for entry in self._callbacks or () if entry[0] is not fn]
+            self._callbacks = kept or None
 
     def refuse_deadlock(self) -> None:
         """Refuse to wait for the child in a thread that its end depends on.
@@ -499,7 +501,7 @@ class Child(PrefectFuture[R], Generic[R]):
                 self._state = state
             self.ended_at = _clock.utc_now()
             self.delivered = self._waiters > 0
-            callbacks, self._callbacks = self._callbacks, ()
+            callbacks, self._callbacks = self._callbacks or (), None
         if self.span is not None:
             unasked = outcome == "cancelled" and reason is None and self.delivered
             self.span.end(

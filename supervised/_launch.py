@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -505,19 +506,17 @@ async def _create_deployed(
             f"Deployment {deployment.name!r} takes no parameter {', '.join(map(repr, unknown))}. "
             f"It takes: {', '.join(deployment.parameters or ()) or 'none'}."
         )
-    if _cancelled_early(child):
-        return None
-    child.attempt.was_requested = True
-    return await api.create_deployment_run(deployment, _request(child, spec, deployment))
+    request = _request(child, spec, deployment)
+    begin = functools.partial(_begin, child)
+    return await api.create_deployment_run(deployment, attrs.evolve(request, begin=begin))
 
 
 async def _create_inline(
     api: Orchestrator, child: Child[Any], spec: LaunchSpec, flow: Flow[..., Any]
 ) -> FlowRun | None:
     parameters = bind_parameters(flow, spec.parameters)
-    if _cancelled_early(child):
+    if not _begin(child):
         return None
-    child.attempt.was_requested = True
     request = attrs.evolve(_request(child, spec), parameters=parameters)
     return await api.create_inline_run(flow, request)
 
@@ -572,6 +571,14 @@ async def _wait_for_predecessors(child: Child[Any], after: Sequence[Child[Any]])
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
         loop.call_soon_threadsafe(event.set)
+
+
+def _begin(child: Child[Any]) -> bool:
+    """Whether to create the child's run; from then on the server may know it."""
+    if _cancelled_early(child):
+        return False
+    child.attempt.was_requested = True
+    return True
 
 
 def _cancelled_early(child: Child[Any]) -> bool:

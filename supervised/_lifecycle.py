@@ -198,8 +198,10 @@ class Lifecycle:
                 context=spec.context,
                 home_loop=spec.home_loop,
             ).start()
-        elif child.cancel_reason is not None:
-            await self._cancel_run(services, child)
+        elif child.cancel_reason is not None and not self._scope.is_torn_down:
+            await self._cancel_run(
+                services, child
+            )  # else the scope's teardown asks for it, in bulk
 
     async def _end_late(self, services: Services, child: Child[Any], run: FlowRun) -> None:
         """End a run whose creation was answered when nobody waited for it any more."""

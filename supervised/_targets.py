@@ -56,6 +56,18 @@ class Target:
         return self.child is not None and self.child.is_local
 
     @property
+    def may_be_created(self) -> bool:
+        """Whether its run was requested and is not known: only this process may hear of it."""
+        return self.run is None and self.attempt is not None and self.attempt.was_requested
+
+    @property
+    def new_run(self) -> FlowRun | None:
+        """The run of the child's attempt, perhaps created since this was found."""
+        if self.child is None or self.child.attempt is not self.attempt:
+            return None
+        return self.child.flow_run
+
+    @property
     def runs_remotely(self) -> bool:
         """Whether a runner elsewhere owns the process, so that asking the server helps."""
         return self.run is not None and self.run.deployment_id is not None

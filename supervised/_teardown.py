@@ -20,7 +20,7 @@ from supervised import _clock, _identity, _telemetry
 from supervised._log import get_logger
 from supervised._policy import HARD_CAUSES, Budget, is_over, outcome_of, receipt_status
 from supervised._targets import Target, Targets
-from supervised._types import Action, CancelReason, Cause, Receipt, TeardownReport
+from supervised._types import Action, CancelReason, Cause, Kind, Receipt, TeardownReport
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -231,7 +231,7 @@ class Teardown:
                 await self._read_if_due(waiting)
             await anyio.sleep(_LOOK_SECONDS)
         self._is_waiting = False
-        if self._has_more_to_end:
+        if self._left > 0 and self._pending():
             await self._wait_within_budget()
 
     @property
@@ -296,14 +296,15 @@ class Teardown:
     def _own(self) -> list[Target]:
         """Return what nobody but this scope sees end within the budget.
 
-        If an ancestor verifies the tree, that is what runs in this process, and what its policy
-        says to wait for. To stay for the rest would cost time on each level: the last process
-        would be gone so much later.
+        If an ancestor verifies the tree, that is what runs in this process, what its policy says
+        to wait for, and a run that was requested and not answered, which nobody else can know of.
+        To stay for the rest would cost time on each level: the last process would be gone so much
+        later.
         """
         pending = self._pending()
         if self._delegate_to is None:
             return pending
-        return [target for target in pending if target.is_local or target.action == "wait"]
+        return [t for t in pending if t.is_local or t.action == "wait" or t.may_be_created]
 
     def _is_foreign(self, target: Target) -> bool:
         """Whether a run executes here, in a task that no scope started, and had its chance.
@@ -410,16 +411,24 @@ class Teardown:
         target = self._targets.of_run(run_id)
         return target is not None and target.action == "wait" and not target.is_over
 
-    async def _discover_linked(self) -> None:
-        finished = {each.flow_run_id: each.kind for each in self._finished()}
-        frontier = {self._top, *finished}
-        frontier |= {t.run_id for t in self._targets if t.run_id is not None}
+    def _over(self) -> dict[UUID, Kind]:
+        """Return the children that are over; what a detached one has left is nobody's to end."""
+        over = {}
+        for each in self._finished():
+            over[each.flow_run_id] = each.kind
+            if each.on_parent[self._cause] == "detach":
+                self._spared.add(each.flow_run_id)
         for child in self._children():
-            if child.flow_run_id is not None:
-                frontier.add(child.flow_run_id)
-                if child.is_over:
-                    finished[child.flow_run_id] = child.kind
-        self._gone |= {run_id for run_id, kind in finished.items() if kind == "deployment"}
+            if child.is_over and child.flow_run_id is not None:
+                over[child.flow_run_id] = child.kind
+        return over
+
+    async def _discover_linked(self) -> None:
+        over = self._over()
+        frontier = {self._top, *over}
+        frontier |= {t.run_id for t in self._targets if t.run_id is not None}
+        frontier |= {child.flow_run_id for child in self._children() if child.flow_run_id}
+        self._gone |= {run_id for run_id, kind in over.items() if kind == "deployment"}
         seen = set(frontier)
         depth = 1
         while frontier := {run_id for run_id in frontier if not self._is_left_alone(run_id)}:
@@ -497,6 +506,9 @@ class Teardown:
 
     async def _request(self) -> None:
         """Ask everything that has not been asked: what runs here directly, the rest in bulk."""
+        for target in self._targets:
+            if target.run is None and target.new_run is not None:
+                self._targets.set_run(target, target.new_run, target.new_run.state)
         fresh = [t for t in self._pending() if t.action == "cancel" and t.requested is None]
         for target in fresh:
             if target.child is not None:
@@ -601,6 +613,7 @@ class Teardown:
             await self._go_on()
 
     async def _wait_for_own(self) -> None:
+        await self._request()  # what a harder end has left to be asked
         while self._own():
             await self._go_on()
             self._take_children()  # one may have been let go meanwhile

@@ -61,6 +61,7 @@ class Watcher:
         self._wake_reader = anyio.Event()
         self._resubscribe = anyio.Event()
         self._connected = False
+        self._stream_lost = anyio.Event()
         self._is_trusted = True  # until an end is found that the stream has not told of
         self.news = 0  # ends and new runs that the stream has told of, in any tree we subscribe to
         self._heard: set[UUID] = set()  # ends that the stream told of since the last poll
@@ -209,6 +210,7 @@ class Watcher:
             logger.debug("The event stream failed; polling until it is back", exc_info=True)
         finally:
             self._connected = False
+        self._stream_lost.set()
         await anyio.sleep(_RECONNECT_SECONDS)
         scope.cancel()
 
@@ -255,22 +257,26 @@ class Watcher:
         while True:
             due = polled + self._poll_seconds - _clock.monotonic()
             pace = min(self._paces.values(), default=math.inf)
-            await anyio.sleep(max(0.0, min(due, pace)))
+            with anyio.move_on_after(max(0.0, min(due, pace))):
+                await self._stream_lost.wait()
+                self._stream_lost = anyio.Event()
+                continue  # without events it is due sooner
             if pace < due:
                 await self.refresh(set(self._others))
                 continue
             polled = _clock.monotonic()
-            await self._poll_all()
-            self._poll_cost = _clock.monotonic() - polled
+            if await self._poll_all():  # what a failure took says nothing
+                self._poll_cost = _clock.monotonic() - polled
 
-    async def _poll_all(self) -> None:
+    async def _poll_all(self) -> bool:
         if self._unheard:
             self._distrust()
         before = set(self._children)
-        await self.refresh({*before, *self._owners, *self._others})
+        was_read = await self.refresh({*before, *self._owners, *self._others})
         if self._connected:
             self._unheard = before - set(self._children) - self._heard
         self._heard.clear()
+        return was_read
 
     def _distrust(self) -> None:
         """Open a new stream: one that is open but silent looks like one with nothing to say."""

@@ -197,7 +197,11 @@ class FakeOrchestrator:
             )
         return found
 
-    async def create_deployment_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
+    async def create_deployment_run(
+        self, deployment: Deployment, request: RunRequest
+    ) -> FlowRun | None:
+        if not request.begin():
+            return None
         moment = request.scheduled_time
         state: State[Any] = Scheduled(scheduled_time=moment) if moment else Scheduled()
         return await self._create(

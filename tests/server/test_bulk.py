@@ -31,15 +31,17 @@ def child_flow(part: int = 0) -> None:
 
 
 class Refusal(httpx.AsyncBaseTransport):
-    """Answers some paths itself, as a server that does not offer them."""
+    """Answers some paths itself, as a server that does not offer them, or fails."""
 
-    def __init__(self, transport, path, status):
+    def __init__(self, transport, path, status, times=1000):
         self.transport = transport
         self.path = path
         self.status = status
+        self.times = times
 
     async def handle_async_request(self, request):
-        if request.url.path.endswith(self.path):
+        if request.url.path.endswith(self.path) and self.times:
+            self.times -= 1
             await request.aread()
             return httpx.Response(self.status, json={"detail": "not here"}, request=request)
         return await self.transport.handle_async_request(request)
@@ -142,6 +144,15 @@ def test_where_that_is_not_offered_each_is_created_by_itself(world, deployment, 
     parent, runs = create(world, deployment, refuse=refuse)
     assert {run.id for run in runs} == set(children_of(world, parent))
     assert requested[f"POST {refuse[0].rsplit('/', 1)[-1]}"] == 1, "it is not tried again"
+
+
+@pytest.mark.parametrize(
+    "path", ["/events", "/task_runs/count", "/create_flow_run/bulk", "/flow_runs/filter"]
+)
+def test_a_server_that_fails_on_the_way_fails_nothing(world, deployment, path, requested):
+    parent, runs = create(world, deployment, refuse=(path, 500, 1))
+    assert {run.id for run in runs} == set(children_of(world, parent))
+    assert [run.parameters["part"] for run in runs] == list(range(MANY))
 
 
 def test_a_bulk_that_the_database_has_thrown_out_is_repeated(

@@ -419,7 +419,7 @@ def test_a_waiter_that_is_cancelled_leaves_nothing_behind(make_child, until):
             await waiter
 
     asyncio.run(give_up())
-    assert (child.is_awaited, child._callbacks, child.is_over) == (False, (), False)
+    assert (child.is_awaited, child._callbacks, child.is_over) == (False, None, False)
 
 
 def test_the_end_may_come_after_the_loop_of_a_waiter_is_gone(make_child, until):

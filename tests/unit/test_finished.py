@@ -12,9 +12,11 @@ from uuid import uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect import flow
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
 from prefect.results import ResultRecordMetadata
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled, Completed, Scheduled
 
 from supervised import DuplicateKeyError, supervised_flow, supervisor
 from supervised._finished import Finished
@@ -334,3 +336,29 @@ def test_of_a_scope_with_many_children_the_completed_ones_are_still_all_there():
         assert {run_id for *_, run_id in seen} == {below.flow_run.id for below in run.below}
     assert [name for name, *_ in seen] == [f"part {part}" for part in range(30)]
     assert {outcome for _, outcome, _ in seen} == {"completed"}
+
+
+@pytest.mark.parametrize("policy", ["detach", {"failed": "detach"}, "cancel"])
+def test_what_a_detached_child_has_left_behind_is_nobodys_to_end(policy):
+    @flow(name="launcher")
+    async def launcher():
+        tracking = prefect.server.track(uuid4(), FlowRunContext.get().flow_run.id, "job-0")
+        job = prefect.server.find_deployment("job/test")
+        prefect.server.create(
+            "job", state=Scheduled(), deployment_id=job.id, parent_task_run_id=tracking
+        )
+
+    @supervised_flow
+    async def parent():
+        supervisor.spawn("launcher/test", on_parent=policy)
+        await asyncio.sleep(60)
+        raise ValueError("the night is over")
+
+    with FakePrefect() as prefect:
+        prefect.deploy("launcher/test", launcher)
+        prefect.deploy("job/test")
+        run = prefect.start(parent)
+        prefect.until(lambda: not run.is_alive, within=120)
+        prefect.advance(30)
+        (job,) = (each for each in prefect.runs if each.flow_run.name.startswith("job"))
+        assert job.state.is_running() == (policy != "cancel")

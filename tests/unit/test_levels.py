@@ -7,14 +7,15 @@ from typing import get_args
 from uuid import uuid4
 
 import anyio
+import pytest
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Running
+from prefect.states import Running, Scheduled
 
 from supervised import supervised_flow, supervisor
 from supervised._identity import Lineage
 from supervised._policy import Budget, parent_reason
 from supervised._teardown import Teardown
-from supervised._types import Cause
+from supervised._types import DEFAULT_ON_PARENT, Cause
 from supervised._watch import Watcher
 from supervised.testing import FakePrefect
 from supervised.testing._client import FakeOrchestrator
@@ -70,6 +71,55 @@ def test_a_run_further_down_leaves_at_once_when_its_children_have_been_asked():
         assert run.report.ok
         assert {receipt.flow_run_id for receipt in run.report.receipts} >= {middle.id, leaf.id}
         assert middle.report.delegated_to == run.id
+
+
+@pytest.mark.parametrize("seconds", [4.0, 12.0])
+def test_a_run_further_down_stays_for_the_answer_to_a_launch(monkeypatch, seconds):
+    """Nobody else can know of that run: the server creates it whether or not anybody waits."""
+    create, sent = FakeOrchestrator.create_deployment_run, []
+
+    async def slowly(self, deployment, request):
+        if deployment.name != "leaf/test":
+            return await create(self, deployment, request)
+        assert request.begin()
+        sent.append(deployment)
+        made = []
+
+        def carry_out():
+            labels, key = request.labels, request.idempotency_key
+            tracking = (request.tracking_id, request.parent_run_id, request.tracking_key)
+            made.append(
+                self._server.create(
+                    "leaf",
+                    state=Scheduled(),
+                    deployment_id=deployment.id,
+                    tags=request.tags,
+                    labels=labels,
+                    idempotency_key=key,
+                    parent_task_run_id=self._server.track(*tracking),
+                )
+            )
+
+        prefect.loop.call_unowned(seconds, carry_out)
+        while not made:
+            await anyio.sleep(0.05)
+        return made[0]
+
+    @supervised_flow
+    async def region():
+        await supervisor.spawn("leaf/test")
+
+    monkeypatch.setattr(FakeOrchestrator, "create_deployment_run", slowly)
+    with FakePrefect() as prefect:
+        prefect.deploy("region/test", region, runner="region")
+        prefect.deploy("leaf/test", runner="leaf")
+        run = prefect.start(root)
+        prefect.until(lambda: sent, within=60)
+        run.cancel()
+        prefect.advance(90)
+        _, leaf = run.below
+        assert leaf.state.is_cancelled()
+        assert not leaf.has_started
 
 
 def test_a_run_further_down_stays_for_a_child_that_is_to_be_waited_for():
@@ -147,6 +197,42 @@ def test_a_harder_end_reaches_a_teardown_that_waits_beside_a_child_that_is_being
 
     with FakePrefect() as prefect:
         prefect.call(play(prefect.connect()))
+
+
+def test_a_delegated_teardown_that_is_overtaken_asks_what_it_had_waited_for(make_child):
+    """Its report is true: an ancestor ends the child too, but this run has asked for it."""
+    run_id, ancestor = uuid4(), uuid4()
+    reports = []
+
+    async def play(prefect):
+        api = prefect.connect()
+        waited = make_child(key="waited", on_parent={**DEFAULT_ON_PARENT, "failed": "wait"})
+        waited.assign_run(prefect.server.create("leaf", state=Running(), deployment_id=uuid4()))
+
+        async def tear_down():
+            reports.append(await teardown.run())
+
+        teardown = Teardown(
+            api,
+            Watcher(api),
+            flow_name="region",
+            lineage=Lineage(run_id, (ancestor, run_id)),
+            cause="failed",
+            reason=parent_reason("failed", "region"),
+            children=lambda: [waited],
+            in_body=set,
+            budget=Budget(20.0),
+            delegate_to=ancestor,
+        )
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(tear_down)
+            await anyio.sleep(1)
+            teardown.hurry("cancelled", parent_reason("cancelled", "region"))
+
+    with FakePrefect() as prefect:
+        prefect.call(play(prefect))
+        assert [run.state.is_cancelling() for run in prefect.runs] == [True]
+    assert [report.ok for report in reports] == [True]
 
 
 def test_detached_children_are_made_known_one_after_the_other(monkeypatch):

@@ -17,13 +17,18 @@ HOUR = 3600.0
 class Api:
     """Knows no run, takes its time to say so, and tells of events only if it is asked to."""
 
-    def __init__(self, seconds_of_read, *, hears):
+    def __init__(self, seconds_of_read, *, hears, stream_ends_after=10 * HOUR, fails_until=0.0):
         self.seconds_of_read = seconds_of_read
         self.hears = hears
+        self.stream_ends_after = stream_ends_after
+        self.fails_until = fails_until
         self.reads = []
 
     async def read_runs(self, run_ids):
         self.reads.append((_clock.monotonic(), set(run_ids)))
+        if _clock.monotonic() < self.fails_until:
+            await anyio.sleep(60.0)  # the client repeats it
+            raise ConnectionError("the server is away")
         await anyio.sleep(self.seconds_of_read)
         return []
 
@@ -33,8 +38,10 @@ class Api:
             raise ConnectionError("there is no stream")
 
         async def events():
-            await anyio.sleep(10 * HOUR)
-            yield
+            await anyio.sleep(self.stream_ends_after)
+            self.hears = False
+            for never in ():
+                yield never
 
         yield events()
 
@@ -92,3 +99,18 @@ def test_what_has_a_pace_of_its_own_is_read_at_that_pace_and_alone():
     together = [ids for _, ids in api.reads if len(ids) == 2]
     assert 1_400 <= len(alone) + len(together) <= 1_900
     assert 340 <= len(together) <= 360
+
+
+def test_the_loss_of_the_stream_is_no_reason_to_sleep_on():
+    """Reading takes 15 s: every five minutes with events, every minute without."""
+    api = Api(15.0, hears=True, stream_ends_after=20.0)
+    play(api, 200, an_owner)
+    assert api.reads[1][0] - 20.0 <= 61.0
+
+
+def test_what_a_failure_took_is_no_reason_to_read_less_often():
+    api = Api(0.01, hears=True, fails_until=300.0)
+    play(api, HOUR, an_owner)
+    before = [moment for moment, _ in api.reads if moment <= 300.0]
+    assert len(before) >= 4
+    assert api.reads[len(before)][0] <= 300.0 + 60.0 + 10.0
