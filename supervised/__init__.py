@@ -19,7 +19,8 @@ General layout, every module importing only from those below it:
 - `_pace`, `_budget`: how many requests there are at a time, and in a minute.
 - `_telemetry`, `_control`: OpenTelemetry, the thread.
 - `_proxy`, `_context`, `_hooks`, `_compat`: what is current; user hooks; Prefect's private parts.
-- `_bell`, `_clock`, `_log`: what signals come, what time it is, and how to tell of it.
+- `_bell`, `_clock`, `_lean`, `_log`: what signals come, what time it is, what memory can be
+  shared, and how to tell of it.
 - `_stall`: why nothing moves.
 - `_policy`, `_identity`, `_errors`, `_types`: decisions, names and values, all pure.
 """

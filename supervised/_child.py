@@ -29,6 +29,7 @@ from supervised._errors import (
     ChildTimedOut,
     SpawnError,
 )
+from supervised._lean import lean
 from supervised._log import get_logger
 from supervised._types import CancelReason
 
@@ -425,9 +426,9 @@ class Child(PrefectFuture[R], Generic[R]):
 
     def assign_run(self, flow_run: FlowRun) -> None:
         """Record the run that the server created."""
-        self._flow_run = flow_run
+        self._flow_run = lean(flow_run)
         if self._state is None:
-            self._state = flow_run.state
+            self._state = self._flow_run.state
         if self.span is not None:
             self.span.created(str(flow_run.id))
 
@@ -436,7 +437,7 @@ class Child(PrefectFuture[R], Generic[R]):
         if self.is_over or (self._state is not None and state.timestamp < self._state.timestamp):
             return
         was_running = self._state is not None and self._state.is_running()
-        self._state = state
+        self._state = lean(state)
         if state.is_running() and not was_running and self.span is not None:
             self.span.running()
 
@@ -542,19 +543,26 @@ class Child(PrefectFuture[R], Generic[R]):
         return error
 
     @property
-    def holds_result(self) -> bool:
-        """Whether it ran here and its result is in this handle and perhaps nowhere else."""
-        return self.is_local and self._value is not None
+    def local_value(self) -> Any:
+        """What it returned, if it ran here: that is perhaps nowhere else."""
+        return self._value if self.is_local else _NO_RESULT
 
-    def be_completed(
-        self, run: FlowRun, state: State[Any], *, ended_at: datetime, task_run_id: UUID
+    def be_over(
+        self,
+        outcome: Outcome,
+        run: FlowRun,
+        state: State[Any],
+        *,
+        value: Any,
+        exception: BaseException | None,
+        ended_at: datetime,
+        task_run_id: UUID,
     ) -> None:
-        """Be the handle of a child that has completed; its scope has heard of that before."""
+        """Be the handle of a child that is over; its scope has heard of that before."""
         self.attempt = Attempt(is_over=True)
         self._flow_run, self._state, self._tracking_id = run, state, task_run_id
-        self._outcome, self.ended_at = "completed", ended_at
-        if self.is_local:
-            self._value = None
+        self._outcome, self._value, self._exception = outcome, value, exception
+        self.ended_at = ended_at
         self.delivered = self._is_told = True
 
     def load_exception(self) -> None:

@@ -1,8 +1,9 @@
-"""What is kept of a child that has completed, once nobody holds its handle any more."""
+"""What is kept of a child that is over, once nobody holds its handle any more."""
 
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import weakref
 from datetime import datetime, timezone
@@ -18,15 +19,15 @@ from supervised._child import Child
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from supervised._types import Action, Cause, Kind
+    from supervised._types import Action, Cause, Kind, Outcome
 
 
 @attrs.define(eq=False, kw_only=True)
 class Finished:
-    """A child that has completed, in less than a kilobyte; its handle takes eight.
+    """A child that is over, in less than a kilobyte (benchmarks/growth.py).
 
     The handle that is made from it knows what the other one knew, except that of its run only what
-    identifies it is left. It gets its result from where that was persisted.
+    identifies it is left. It gets a result that was persisted from where that is.
 
     Args:
         handle: The child's handle, for as long as somebody holds it.
@@ -35,7 +36,8 @@ class Finished:
         is_linked: Whether that task run links the run to its parent.
         timestamp: Seconds since the epoch.
         ended_at: The same.
-        data: Where its result was persisted: what Prefect describes that with, and as JSON.
+        stored: Where its result was persisted.
+        value: What it returned, if it ran here.
     """
 
     handle: weakref.ref[Child[Any]]
@@ -52,10 +54,14 @@ class Finished:
     flow_id: UUID
     deployment_id: UUID | None
     is_linked: bool
-    state_name: str
+    outcome: Outcome
+    state_type: StateType
+    state_name: str | None
     message: str | None
     timestamp: float
-    data: tuple[type[BaseModel], str] | None
+    stored: Stored | None
+    value: Any
+    exception: BaseException | None
     ended_at: float
 
     @property
@@ -67,15 +73,16 @@ class Finished:
     def of(cls, child: Child[Any]) -> Finished | None:
         """Return what has to be kept of a child; `None` if that is all of it.
 
-        It is all of it unless the child has completed, and by itself. If it ran here and its
-        result was not persisted, its handle has that.
+        It is all of it unless the child has ended by itself, and there is no more to tell of it
+        than that.
         """
-        run, state = child.flow_run, child.state
-        is_plain = child.outcome == "completed" and child.cancel_reason is None
+        run, state, outcome = child.flow_run, child.state, child.outcome
+        is_plain = outcome in _BY_ITSELF and child.cancel_reason is None
         if run is None or child.ended_at is None or not is_plain or child.detach_requested:
             return None
-        stored = None if child.is_local else state.data
-        if child.holds_result or not isinstance(stored, (BaseModel, type(None))):
+        assert outcome is not None
+        data = None if child.is_local else state.data
+        if not isinstance(data, (BaseModel, type(None))):
             return None
         return cls(
             handle=weakref.ref(child),
@@ -92,10 +99,14 @@ class Finished:
             flow_id=_shared(run.flow_id),
             deployment_id=_shared(run.deployment_id),
             is_linked=run.parent_task_run_id is not None,
-            state_name=sys.intern(state.name or "Completed"),
-            message=None if state.message is None else sys.intern(state.message),
+            outcome=outcome,
+            state_type=state.type,
+            state_name=_interned(state.name),
+            message=_interned(state.message),
             timestamp=state.timestamp.timestamp(),
-            data=(type(stored), stored.model_dump_json()) if stored is not None else None,
+            stored=None if data is None else Stored.of(data),
+            value=child.local_value,
+            exception=child.exception,
             ended_at=child.ended_at.timestamp(),
         )
 
@@ -121,14 +132,13 @@ class Finished:
         )
         child.generation, child.restarts = self.generation, self.restarts
         task_run_id = UUID(bytes=self.ids[16:32])
-        model, stored = self.data or (None, "")
         state: State[Any] = State(
             id=UUID(bytes=self.ids[32:]),
-            type=StateType.COMPLETED,
+            type=self.state_type,
             name=self.state_name,
             message=self.message,
             timestamp=datetime.fromtimestamp(self.timestamp, timezone.utc),
-            data=model.model_validate_json(stored) if model is not None else None,
+            data=self.stored.load() if self.stored is not None else None,
         )
         run = FlowRun(
             id=self.flow_run_id,
@@ -139,8 +149,48 @@ class Finished:
             state=state,
         )
         ended_at = datetime.fromtimestamp(self.ended_at, timezone.utc)
-        child.be_completed(run, state, ended_at=ended_at, task_run_id=task_run_id)
+        child.be_over(
+            self.outcome,
+            run,
+            state,
+            value=self.value,
+            exception=self.exception,
+            ended_at=ended_at,
+            task_run_id=task_run_id,
+        )
         return child
+
+
+@attrs.frozen
+class Stored:
+    """Where a result was persisted: what a storage has in common is kept once.
+
+    Args:
+        model: What Prefect describes it with.
+        key: What tells it from others in the same storage.
+        common: Everything else, as JSON.
+    """
+
+    model: type[BaseModel]
+    key: str | None
+    common: str
+
+    @classmethod
+    def of(cls, data: BaseModel) -> Stored:
+        fields = data.model_dump(mode="json")
+        key = fields.pop(_KEY, None)
+        return cls(type(data), key, sys.intern(json.dumps(fields)))
+
+    def load(self) -> BaseModel:
+        return self.model.model_validate({**json.loads(self.common), _KEY: self.key})
+
+
+_KEY = "storage_key"  # of `ResultRecordMetadata`
+_BY_ITSELF = {"completed", "failed", "crashed", "timed_out"}
+
+
+def _interned(text: str | None) -> str | None:
+    return None if text is None else sys.intern(text)
 
 
 def _leave_alone(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, TypeVar
 
@@ -61,15 +62,22 @@ def resolve_on_parent(
     )
     _refuse_unknown("cause", given, CAUSES)
     _refuse_unknown("action", given.values(), ACTIONS)
-    return {cause: given.get(cause, default[cause]) for cause in CAUSES}
+    return _shared(tuple(given.get(cause, default[cause]) for cause in CAUSES))
+
+
+@functools.cache  # there are 243, and each of 100,000 children has one
+def _shared(actions: tuple[Action, ...]) -> Mapping[Cause, Action]:
+    return dict(zip(CAUSES, actions, strict=True))
 
 
 def without_detach(policy: Mapping[Cause, Action]) -> Mapping[Cause, Action]:
     """Return the policy for a child that cannot outlive its parent's process."""
-    return {
-        cause: DEFAULT_ON_PARENT[cause] if action == "detach" else action
-        for cause, action in policy.items()
-    }
+    return _shared(
+        tuple(
+            DEFAULT_ON_PARENT[cause] if policy[cause] == "detach" else policy[cause]
+            for cause in CAUSES
+        )
+    )
 
 
 def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:

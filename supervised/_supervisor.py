@@ -996,7 +996,12 @@ class Supervisor(Joiners):
     def _on_own_cancellation(self) -> None:
         self.begin_teardown("cancelled", self.own.reason)
         delay = _RUNNER_SECONDS if self.host.runner_owns(self._run) else 0.0
-        asyncio.get_running_loop().call_later(delay, self.body.interrupt)
+        asyncio.get_running_loop().call_later(delay, self._interrupt_unsignalled)
+
+    def _interrupt_unsignalled(self) -> None:
+        """Interrupt the body, unless its runner has: a second time would cut its cleanup off."""
+        if not (self.host.runner_owns(self._run) and self.host.termination_intent() == "cancel"):
+            self.body.interrupt()
 
     async def _tear_down(self, services: Services) -> None:
         assert self._ending is not None

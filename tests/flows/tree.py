@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import anyio
 import prefect.runtime
 from prefect import flow, suspend_flow_run, task
 from prefect.deployments import run_deployment
@@ -195,7 +196,35 @@ async def root_brief(folder: str, children: list[str]) -> None:
     await _body(folder, children)
 
 
+CLEANING_SECONDS = 8
+
+
+@supervised_flow
+async def tidies(folder: str) -> None:
+    supervisor.spawn("leaf/test", {"folder": folder})
+    mark(folder)
+    try:
+        await asyncio.sleep(300)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(CLEANING_SECONDS)
+        (Path(folder) / "tidied").touch()
+
+
+@supervised_flow
+def tidies_sync(folder: str) -> None:
+    supervisor.spawn("leaf/test", {"folder": folder})
+    mark(folder)
+    try:
+        time.sleep(300)
+    finally:
+        time.sleep(CLEANING_SECONDS)
+        (Path(folder) / "tidied-sync").touch()
+
+
 SERVED = [
+    tidies,
+    tidies_sync,
     top,
     leaf,
     persisted,

@@ -100,6 +100,18 @@ def names_of_deployments(world: World) -> set[str]:
     return {f"{flows[each.flow_id]}/{each.name}" for each in world.client.read_deployments()}
 
 
+def test_a_body_that_is_cancelled_may_clean_up_for_longer_than_its_children(
+    deployed: World,
+) -> None:
+    """Its runner signals it once, and so does nobody else before the runner kills it."""
+    roots = [deployed.start("tidies/test").id, deployed.start("tidies-sync/test").id]
+    deployed.wait_for_start(4)
+    for root in roots:
+        deployed.cancel(root)
+    eventually(lambda: not deployed.alive(), seconds=SOON + 10, what="all processes are gone")
+    assert {each.name for each in deployed.folder.glob("tidied*")} == {"tidied", "tidied-sync"}
+
+
 def test_cancelling_under_a_process_worker_takes_the_tree_along(deployed: World) -> None:
     pool = WorkPoolCreate(name="processes", type="process")
     deployed.client.create_work_pool(pool)

@@ -82,9 +82,9 @@ def test_a_child_with_a_run_has_its_ids_and_its_state(make_child):
     run = a_run(state=Running(), parent_task_run_id=uuid4())
     child = make_child(kind="inline")
     child.assign_run(run)
-    assert run is child.flow_run
+    assert run == child.flow_run
     assert (run.id, run.parent_task_run_id) == (child.flow_run_id, child.task_run_id)
-    assert run.state is child.state
+    assert run.state == child.state
     assert f"<Child 'part' inline Running {run.id}>" == repr(child)
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_is_assigned_late_does_not_turn_back_an_observed_state(make_c
     running = Running()
     child.observe(running)
     child.assign_run(a_run(state=Pending()))
-    assert child.state is running
+    assert child.state == running
 
 
 def test_nothing_is_observed_of_a_child_that_is_over(make_child):
@@ -160,7 +160,7 @@ def test_the_last_state_stays_where_the_end_brings_none(make_child):
     running = Running()
     child.observe(running)
     child.settle("abandoned")
-    assert child.state is running
+    assert child.state == running
     assert isinstance(child.ended_at, datetime)
 
 

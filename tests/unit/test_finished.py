@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect import flow
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import FlowRunContext
 from prefect.results import ResultRecordMetadata
 from prefect.states import Cancelled, Completed, Scheduled
@@ -21,7 +21,7 @@ from prefect.states import Cancelled, Completed, Scheduled
 from supervised import DuplicateKeyError, supervised_flow, supervisor
 from supervised._finished import Finished
 from supervised._registry import Registry
-from supervised._types import CancelReason, Cause, Kind, Outcome
+from supervised._types import CancelReason, Cause, Kind
 from supervised.testing import FakePrefect
 
 ASKED = CancelReason(source="explicit", message="its handle was cancelled")
@@ -80,10 +80,11 @@ def scope(make_child):
 # -- what stays ---------------------------------------------------------------------------------
 
 
-def test_of_a_completed_child_that_nobody_holds_no_handle_stays(scope):
+@pytest.mark.parametrize("outcome", ["completed", "failed", "crashed", "timed_out"])
+def test_of_a_child_that_has_ended_and_that_nobody_holds_no_handle_stays(scope, outcome):
     registry, admit = scope
     child = admit()
-    child.settle("completed", state=Completed())
+    child.settle(outcome)
     handle = weakref.ref(child)
     del child
     gc.collect()
@@ -147,10 +148,8 @@ def after(act, then):
 @pytest.mark.parametrize(
     ("kind", "end"),
     [
-        *(("deployment", whole(each)) for each in get_args(Outcome) if each != "completed"),
+        *(("deployment", whole(each)) for each in ("cancelled", "abandoned", "detached")),
         ("deployment", after(lambda child: child.mark_cancel(ASKED), whole("completed"))),
-        ("inline", whole("completed", state=Completed(), value=7)),
-        ("inline", whole("completed", state=Completed(data=7))),
         ("deployment", whole("completed", state=Completed(data=7))),
     ],
 )
@@ -180,7 +179,8 @@ results = st.none() | st.builds(
     serializer=st.just({"type": "json"}),
 )
 ends = st.builds(
-    Completed,
+    State,
+    type=st.sampled_from(StateType),
     name=st.sampled_from(["Completed", "Cached", "Rolled up"]),
     message=st.none() | st.text(max_size=10),
     data=results,
@@ -201,6 +201,8 @@ children = st.fixed_dictionaries(
 
 @given(
     options=children,
+    outcome=st.sampled_from(["completed", "failed", "crashed", "timed_out"]),
+    exception=st.none() | st.builds(ValueError),
     end=ends,
     fields=st.fixed_dictionaries(
         {},
@@ -209,18 +211,14 @@ children = st.fixed_dictionaries(
     restarts=st.integers(0, 3),
 )
 def test_a_handle_that_is_made_again_tells_what_the_first_one_told(
-    make_child, options, end, fields, restarts
+    make_child, options, outcome, exception, end, fields, restarts
 ):
     first = make_child(**options)
     for _ in range(restarts):
         first.begin_restart()
     first.assign_run(a_run(**fields))
-    first.settle("completed", state=end, value=None)
+    first.settle(outcome, state=end, value=object(), exception=exception)
     kept = Finished.of(first)
-    if kept is None:  # the result of one that ran here is nowhere else
-        assert first.is_local
-        assert end.data is not None
-        return
     kept.handle = lambda: None
     again = kept.child()
     assert again is not first
@@ -228,7 +226,9 @@ def test_a_handle_that_is_made_again_tells_what_the_first_one_told(
         assert getattr(again, name) == getattr(first, name), name
     for name in ("id", "type", "name", "message", "timestamp"):
         assert getattr(again.state, name) == getattr(first.state, name), name
-    if not first.is_local:
+    if first.is_local:
+        assert again.local_value is first.local_value
+    else:
         assert again.state.data == first.state.data
     run, before = again.flow_run, first.flow_run
     for name in ("id", "name", "flow_id", "deployment_id", "parent_task_run_id"):

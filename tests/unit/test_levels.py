@@ -73,6 +73,27 @@ def test_a_run_further_down_leaves_at_once_when_its_children_have_been_asked():
         assert middle.report.delegated_to == run.id
 
 
+def test_a_body_that_its_runner_has_signalled_is_not_interrupted_once_more():
+    """Its cleanup may take as long as the runner lets it."""
+    ends = []
+
+    @supervised_flow
+    async def tidy():
+        child = supervisor.spawn("slow/test")
+        try:
+            await child
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(2 * SLOW)
+            ends.append("tidy")
+
+    with FakePrefect() as prefect:
+        run, *_ = running(prefect, tidy)
+        run.cancel()
+        prefect.until(lambda: not prefect.alive, within=60)
+    assert ends == ["tidy"]
+
+
 @pytest.mark.parametrize("seconds", [4.0, 12.0])
 def test_a_run_further_down_stays_for_the_answer_to_a_launch(monkeypatch, seconds):
     """Nobody else can know of that run: the server creates it whether or not anybody waits."""
