@@ -121,6 +121,8 @@ async def create(client: PrefectClient, deployment: UUID, parent: UUID, parts: r
             "state": {"type": "SCHEDULED", "name": "Scheduled"},
             "idempotency_key": str(uuid4()),
             "parent_task_run_id": str(task_run),
+            "tags": ["floor", f"floor:{parent}"],  # as many as ours: each is part of each event
+            "labels": {f"floor.{number}": str(parent) for number in range(10)},
         }
         for part, task_run in tracking.items()
     }

@@ -23,11 +23,12 @@ CHUNK = 50
 """Runs in one request that sets states (server/api/flow_runs.py, `BULK_OPERATION_LIMIT`)."""
 
 _WORTH_IT = 1.2  # as many runs in a second, or it was chance
+_TRIES = 2  # of each width: the same request takes 0.9 s or 3 s, as the server is busy or not
 _MOST = 8
 
 
 class Pace:
-    """Sends chunks in rounds, twice as many at a time as long as that is quicker.
+    """Sends chunks in rounds, twice as many at a time as long as the quicker of two is quicker.
 
     Lives in one event loop; what it has found out counts for all that use it.
     """
@@ -35,7 +36,8 @@ class Pace:
     def __init__(self) -> None:
         self.width = 1
         """How many requests to have under way at a time."""
-        self._best = 0.0  # chunks in a second, of the widest round that was worth it
+        self._best = 0.0  # chunks in a second, of the widest rounds that were worth it
+        self._speeds: list[float] = []  # of the rounds of the present width
         self._is_settled = False
 
     async def each(
@@ -61,7 +63,11 @@ class Pace:
         """Take note of how long a full round has taken, and choose the next one's width."""
         if self._is_settled:
             return
-        speed = self.width / max(seconds, 1e-6)
+        self._speeds.append(self.width / max(seconds, 1e-6))
+        if len(self._speeds) < _TRIES:
+            return
+        speed = max(self._speeds)
+        self._speeds.clear()
         if speed > self._best * _WORTH_IT:
             self._best = speed
             if self.width < _MOST:

@@ -41,13 +41,13 @@ def send(pace, count, seconds_of_round, clock):
 
 def test_writers_that_collide_are_let_through_one_at_a_time(clock):
     pace = Pace()
-    assert send(pace, 8, lambda width: width * 1.0, clock) == [1, 2, 1, 1, 1, 1, 1]
+    assert send(pace, 8, lambda width: width * 1.0, clock) == [1, 1, 2, 2, 1, 1]
     assert pace.width == 1
 
 
 def test_a_server_that_does_several_at_once_is_sent_several(clock):
     pace = Pace()
-    assert send(pace, 31, lambda width: 1.0, clock) == [1, 2, 4, 8, 8, 8]
+    assert send(pace, 38, lambda width: 1.0, clock) == [1, 1, 2, 2, 4, 4, 8, 8, 8]
 
 
 def test_it_stops_where_more_at_a_time_is_no_quicker(clock):
@@ -60,6 +60,12 @@ def test_what_was_found_out_counts_for_the_next_time(clock):
     pace = Pace()
     send(pace, 8, lambda width: width * 1.0, clock)
     assert send(pace, 3, lambda width: width * 1.0, clock) == [1, 1, 1]
+
+
+def test_one_slow_answer_is_no_reason_to_send_several(clock):
+    pace, slow = Pace(), iter([3.0])
+    send(pace, 8, lambda width: next(slow, width * 1.0), clock)
+    assert pace.width == 1
 
 
 def test_a_round_that_is_not_full_proves_nothing(clock):
