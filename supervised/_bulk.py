@@ -109,7 +109,8 @@ class BulkCreation:
                 )
         except PrefectHTTPStatusError as exc:
             logger.debug("Creating %d runs in bulk failed", len(requests), exc_info=True)
-            if exc.response.status_code in _MISSING:
+            has_route = "Deployment not found" in exc.response.text
+            if exc.response.status_code in _MISSING and not has_route:
                 self._is_offered = False  # before 3.6.16, or not offered here
             return []
         results = response.json()["results"]

@@ -62,6 +62,7 @@ class OwnRun:
         self._attempt = run.run_count
         self._checked = -math.inf
         self._checking = anyio.Lock()
+        self._failure: tuple[float, Exception] | None = None
         self.delegate_to: UUID | None = None
         """The ancestor whose own teardown covers this whole tree, if one cancels the run."""
 
@@ -105,18 +106,29 @@ class OwnRun:
     async def check_superseded(self, api: Orchestrator) -> bool:
         """Tell whether a later attempt has begun, having read the run a second ago at most.
 
+        Who asks at the same time shares the answer, a failure too: it may have taken a minute.
+
         Raises:
             Exception: If the server does not tell. Then nothing may be launched or cancelled.
         """
         wanted = _clock.monotonic()
         async with self._checking:
+            if self._failure is not None and self._failure[0] > wanted:
+                raise self._failure[1]
             if not self.is_superseded and wanted - self._checked > _FRESH_SECONDS:
-                asked = _clock.monotonic()
-                with priority(Priority.TEARDOWN):
-                    for run in await api.read_runs([self._run.id]):
-                        self._note_attempt(run)
-                self._checked = asked
+                await self._check(api)
             return self.is_superseded
+
+    async def _check(self, api: Orchestrator) -> None:
+        asked = _clock.monotonic()
+        try:
+            with priority(Priority.TEARDOWN):
+                for run in await api.read_runs([self._run.id]):
+                    self._note_attempt(run)
+        except Exception as exc:
+            self._failure = (_clock.monotonic(), exc)
+            raise
+        self._checked = asked
 
     def _note_attempt(self, run: FlowRun) -> None:
         policy = run.empirical_policy

@@ -616,7 +616,6 @@ class Teardown:
         await self._request()  # what a harder end has left to be asked
         while self._own():
             await self._go_on()
-            self._take_children()  # one may have been let go meanwhile
 
     async def _go_on(self) -> None:
         await anyio.sleep(_LOOK_SECONDS)

@@ -36,7 +36,8 @@ logger = get_logger("prefect.supervised.watch")
 
 _POLL_SECONDS = 10.0  # while events flow: only a safety net
 _POLL_WITHOUT_EVENTS_SECONDS = 1.5
-# Reading a page of 200 takes a server 0.3 s: of thousands of children, that is its whole time.
+# Reading a page of 200 takes a server 0.1 s and more (benchmarks/sweep.py): of many thousands of
+# children, that is its whole time.
 _POLL_SHARE = 0.05
 _POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02

@@ -33,17 +33,18 @@ def child_flow(part: int = 0) -> None:
 class Refusal(httpx.AsyncBaseTransport):
     """Answers some paths itself, as a server that does not offer them, or fails."""
 
-    def __init__(self, transport, path, status, times=1000):
+    def __init__(self, transport, path, status, times=1000, detail="not here"):
         self.transport = transport
         self.path = path
         self.status = status
         self.times = times
+        self.detail = detail
 
     async def handle_async_request(self, request):
         if request.url.path.endswith(self.path) and self.times:
             self.times -= 1
             await request.aread()
-            return httpx.Response(self.status, json={"detail": "not here"}, request=request)
+            return httpx.Response(self.status, json={"detail": self.detail}, request=request)
         return await self.transport.handle_async_request(request)
 
 
@@ -153,6 +154,13 @@ def test_a_server_that_fails_on_the_way_fails_nothing(world, deployment, path, r
     parent, runs = create(world, deployment, refuse=(path, 500, 1))
     assert {run.id for run in runs} == set(children_of(world, parent))
     assert [run.parameters["part"] for run in runs] == list(range(MANY))
+
+
+def test_a_deployment_that_is_gone_says_nothing_about_others(world, deployment, requested):
+    refuse = ("/create_flow_run/bulk", 404, 1, "Deployment not found")
+    parent, runs = create(world, deployment, refuse=refuse)
+    assert {run.id for run in runs} == set(children_of(world, parent))
+    assert requested["POST bulk"] == 2, "it is tried again"
 
 
 def test_a_bulk_that_the_database_has_thrown_out_is_repeated(

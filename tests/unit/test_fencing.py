@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.states import AwaitingRetry, Running
 
 from supervised import _identity, supervised_flow, supervisor
+from supervised._own_run import OwnRun
 from supervised.testing import FakePrefect, Faults
 
 
@@ -212,3 +213,27 @@ def test_a_replaced_attempt_that_fails_waits_for_nothing_that_is_not_its_own():
         prefect.until(lambda: not run.has_process, within=30)
         states = sorted(child.state.name for child in run.below)
         assert states == ["Cancelled", "Running", "Running"]
+
+
+def test_children_that_ask_together_share_a_failure_that_took_a_minute():
+    """And do not ask one after the other, a minute each."""
+    reads = []
+
+    class Api:
+        async def read_runs(self, run_ids):
+            reads.append(run_ids)
+            await asyncio.sleep(60)
+            raise ConnectionError("the server is away")
+
+    async def ask(prefect):
+        run = prefect.server.create("root", state=Running())
+        own = OwnRun(run, _identity.Lineage(run.id, (run.id,)), "root", list, list)
+        checks = [own.check_superseded(Api()) for _ in range(6)]
+        return await asyncio.gather(*checks, return_exceptions=True)
+
+    with world() as prefect:
+        began = prefect.seconds
+        answers = prefect.call(ask(prefect))
+        assert prefect.seconds - began < 70
+    assert [type(answer) for answer in answers] == [ConnectionError] * 6
+    assert len(reads) == 1
