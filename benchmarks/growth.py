@@ -3,7 +3,8 @@
 CPU time of this process, on a simulated server, so that only the code of supervision and of the
 simulation counts: launching the children, hearing of their ends, and cancelling as many. Without
 Python's garbage collector, and with it: that looks through all objects now and then, and most of
-them are the simulated server's. Memory is what is left when that has forgotten its runs.
+them are the simulated server's. Memory is what is left when that has forgotten its runs; for that
+its answers are parsed from JSON, as those of a real one are, and every child persists a result.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import sys
 import time
 import tracemalloc
 from typing import Any
+from uuid import UUID
 
+from prefect.client.schemas.objects import FlowRun
+from prefect.results import ResultRecordMetadata
 from prefect.states import Completed, Pending, Running
 
 from supervised import supervised_flow, supervisor
 from supervised.testing import FakePrefect
+from supervised.testing._client import FakeOrchestrator
 
 LONG = 10**6
 
@@ -39,6 +44,7 @@ def main() -> int:
                 row = {"children": children, "collector": collector}
                 rows.append({**row, **grow(children, cancel=cancel)})
                 sys.stderr.write(f"{rows[-1]}\n")
+    answer_in_json()
     tracemalloc.start(1)
     rows.append({"memory": options.memory, **grow(options.memory, cancel=False)})
     sys.stderr.write(f"{rows[-1]}\n")
@@ -82,7 +88,7 @@ def grow(children: int, *, cancel: bool) -> dict[str, Any]:
             prefect.until(lambda: not root.is_alive, within=LONG)
         else:
             for run_id in others:
-                for state in (Pending(), Running(), Completed()):
+                for state in (Pending(), Running(), Completed(data=result(run_id))):
                     prefect.server.propose(run_id, state)
             prefect.advance(30)
         seconds["cancel" if cancel else "finish"] = (time.process_time() - began) / children
@@ -90,12 +96,41 @@ def grow(children: int, *, cancel: bool) -> dict[str, Any]:
             return seconds
         servers = traced()
         forget(prefect, others)
+        others.clear()
         finished = traced()
         servers -= finished
         return {
             "bytes of a live child": round((live - servers) / children),
             "bytes of a finished child": round((finished - before) / children),
         }
+
+
+def result(run_id: UUID) -> ResultRecordMetadata:
+    """Return what a state says of a persisted result."""
+    return ResultRecordMetadata(
+        storage_key=f"/home/somebody/.prefect/storage/{run_id.hex}",
+        expiration=None,
+        serializer={"type": "pickle", "picklelib": "cloudpickle"},
+    )
+
+
+def answer_in_json() -> None:
+    """Have the simulated server's answers parsed."""
+    create, read = FakeOrchestrator.create_deployment_run, FakeOrchestrator.read_runs
+
+    async def parsed_create(self: FakeOrchestrator, *given: Any) -> FlowRun | None:
+        run = await create(self, *given)
+        return run and parsed(run)
+
+    async def parsed_read(self: FakeOrchestrator, *given: Any) -> list[FlowRun]:
+        return [parsed(run) for run in await read(self, *given)]
+
+    FakeOrchestrator.create_deployment_run = parsed_create
+    FakeOrchestrator.read_runs = parsed_read
+
+
+def parsed(run: FlowRun) -> FlowRun:
+    return FlowRun.model_validate_json(run.model_dump_json())
 
 
 def traced() -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import struct
 import sys
-import weakref
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -15,14 +15,42 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from pydantic import BaseModel
 
 from supervised._child import Child
+from supervised._policy import policy_of
+from supervised._types import CAUSES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from supervised._types import Action, Cause, Kind, Outcome
+    from supervised._types import Action, Kind, Outcome
 
 
-@attrs.define(eq=False, kw_only=True)
+@attrs.frozen(kw_only=True)
+class Common:
+    """What the children of one target that have ended in the same way have in common.
+
+    Args:
+        actions: What each cause of the parent's end meant to it.
+        is_linked: Whether a tracking task run links its run to its parent.
+        model: What Prefect describes a persisted result with.
+        stored: That description as JSON, without what tells one result from another.
+    """
+
+    kind: Kind
+    target: str
+    actions: tuple[Action, ...]
+    timeout_seconds: float | None
+    flow_id: UUID
+    deployment_id: UUID | None
+    is_linked: bool
+    outcome: Outcome
+    state_type: StateType
+    state_name: str | None
+    model: type[BaseModel] | None
+    stored: str
+
+
+_shared = functools.lru_cache(maxsize=4096)(Common)
+
+
+@attrs.frozen(eq=False, kw_only=True)
 class Finished:
     """A child that is over, in less than a kilobyte (benchmarks/growth.py).
 
@@ -30,44 +58,25 @@ class Finished:
     identifies it is left. It gets a result that was persisted from where that is.
 
     Args:
-        handle: The child's handle, for as long as somebody holds it.
+        common: What it shares with others.
         run_name: The name that Prefect or the user gave to its run.
-        ids: Those of its run, its tracking task run and its last state: 16 bytes each and not 100.
-        is_linked: Whether that task run links the run to its parent.
-        timestamp: Seconds since the epoch.
-        ended_at: The same.
-        stored: Where its result was persisted.
+        numbers: The ids of its run, of its tracking task run and of its last state; the times of
+            that state and of its end. Packed, they take a third of what they would take as objects.
+        storage_key: What tells its persisted result from others.
         value: What it returned, if it ran here.
     """
 
-    handle: weakref.ref[Child[Any]]
+    common: Common
     name: str
-    kind: Kind
     key: str
-    target: str
-    on_parent: Mapping[Cause, Action]
-    timeout_seconds: float | None
     generation: int
     restarts: int
-    ids: bytes
     run_name: str
-    flow_id: UUID
-    deployment_id: UUID | None
-    is_linked: bool
-    outcome: Outcome
-    state_type: StateType
-    state_name: str | None
+    numbers: bytes
     message: str | None
-    timestamp: float
-    stored: Stored | None
+    storage_key: str | None
     value: Any
     exception: BaseException | None
-    ended_at: float
-
-    @property
-    def flow_run_id(self) -> UUID:
-        """The id of the child's flow run."""
-        return UUID(bytes=self.ids[:16])
 
     @classmethod
     def of(cls, child: Child[Any]) -> Finished | None:
@@ -84,120 +93,116 @@ class Finished:
         data = None if child.is_local else state.data
         if not isinstance(data, (BaseModel, type(None))):
             return None
+        fields = {} if data is None else data.model_dump(mode="json")
+        storage_key = fields.pop(_KEY, None)
         return cls(
-            handle=weakref.ref(child),
+            common=_shared(
+                kind=child.kind,
+                target=child.target,
+                actions=tuple(child.on_parent[cause] for cause in CAUSES),
+                timeout_seconds=child.timeout_seconds,
+                flow_id=run.flow_id,
+                deployment_id=run.deployment_id,
+                is_linked=run.parent_task_run_id is not None,
+                outcome=outcome,
+                state_type=state.type,
+                state_name=state.name,
+                model=None if data is None else type(data),
+                stored=json.dumps(fields),
+            ),
             name=child.name,
-            kind=child.kind,
             key=child.key,
-            target=child.target,
-            on_parent=child.on_parent,
-            timeout_seconds=child.timeout_seconds,
             generation=child.generation,
             restarts=child.restarts,
-            ids=run.id.bytes + child.task_run_id.bytes + state.id.bytes,
             run_name=run.name,
-            flow_id=_shared(run.flow_id),
-            deployment_id=_shared(run.deployment_id),
-            is_linked=run.parent_task_run_id is not None,
-            outcome=outcome,
-            state_type=state.type,
-            state_name=_interned(state.name),
-            message=_interned(state.message),
-            timestamp=state.timestamp.timestamp(),
-            stored=None if data is None else Stored.of(data),
+            numbers=_NUMBERS.pack(
+                run.id.bytes,
+                child.task_run_id.bytes,
+                state.id.bytes,
+                state.timestamp.timestamp(),
+                child.ended_at.timestamp(),
+            ),
+            message=None if state.message is None else sys.intern(state.message),
+            storage_key=storage_key,
             value=child.local_value,
             exception=child.exception,
-            ended_at=child.ended_at.timestamp(),
         )
 
-    def child(self) -> Child[Any]:
-        """Return the child's handle; make one if nobody holds it. Under the registry's lock."""
-        held = self.handle()
-        if held is None:
-            held = self._make()
-            self.handle = weakref.ref(held)
-        return held
+    @property
+    def flow_run_id(self) -> UUID:
+        """The id of the child's flow run."""
+        return UUID(bytes=self.numbers[:16])
 
-    def _make(self) -> Child[Any]:
+    @property
+    def kind(self) -> Kind:
+        """Where it ran."""
+        return self.common.kind
+
+    @property
+    def target(self) -> str:
+        """What it was a run of."""
+        return self.common.target
+
+    def action(self, cause: str) -> Action:
+        """Return what an end of the parent meant to it."""
+        return self.common.actions[CAUSES.index(cause)]
+
+    def child(self) -> Child[Any]:
+        """Return a handle of the child."""
+        common = self.common
         child: Child[Any] = Child(
             name=self.name,
-            kind=self.kind,
+            kind=common.kind,
             key=self.key,
-            target=self.target,
-            on_parent=self.on_parent,
-            timeout_seconds=self.timeout_seconds,
+            target=common.target,
+            on_parent=policy_of(common.actions),
+            timeout_seconds=common.timeout_seconds,
             on_done=_leave_alone,
             ask_cancel=_leave_alone,
             ask_detach=_leave_alone,
         )
         child.generation, child.restarts = self.generation, self.restarts
-        task_run_id = UUID(bytes=self.ids[16:32])
+        run_id, tracking_id, state_id, timestamp, ended_at = _NUMBERS.unpack(self.numbers)
+        task_run_id = UUID(bytes=tracking_id)
         state: State[Any] = State(
-            id=UUID(bytes=self.ids[32:]),
-            type=self.state_type,
-            name=self.state_name,
+            id=UUID(bytes=state_id),
+            type=common.state_type,
+            name=common.state_name,
             message=self.message,
-            timestamp=datetime.fromtimestamp(self.timestamp, timezone.utc),
-            data=self.stored.load() if self.stored is not None else None,
+            timestamp=datetime.fromtimestamp(timestamp, timezone.utc),
+            data=self._stored(),
         )
         run = FlowRun(
-            id=self.flow_run_id,
+            id=UUID(bytes=run_id),
             name=self.run_name,
-            flow_id=self.flow_id,
-            deployment_id=self.deployment_id,
-            parent_task_run_id=task_run_id if self.is_linked else None,
+            flow_id=common.flow_id,
+            deployment_id=common.deployment_id,
+            parent_task_run_id=task_run_id if common.is_linked else None,
             state=state,
         )
-        ended_at = datetime.fromtimestamp(self.ended_at, timezone.utc)
         child.be_over(
-            self.outcome,
+            common.outcome,
             run,
             state,
             value=self.value,
             exception=self.exception,
-            ended_at=ended_at,
+            ended_at=datetime.fromtimestamp(ended_at, timezone.utc),
             task_run_id=task_run_id,
         )
         return child
 
-
-@attrs.frozen
-class Stored:
-    """Where a result was persisted: what a storage has in common is kept once.
-
-    Args:
-        model: What Prefect describes it with.
-        key: What tells it from others in the same storage.
-        common: Everything else, as JSON.
-    """
-
-    model: type[BaseModel]
-    key: str | None
-    common: str
-
-    @classmethod
-    def of(cls, data: BaseModel) -> Stored:
-        fields = data.model_dump(mode="json")
-        key = fields.pop(_KEY, None)
-        return cls(type(data), key, sys.intern(json.dumps(fields)))
-
-    def load(self) -> BaseModel:
-        return self.model.model_validate({**json.loads(self.common), _KEY: self.key})
+    def _stored(self) -> BaseModel | None:
+        """Return what Prefect finds the persisted result with."""
+        if self.common.model is None:
+            return None
+        fields = json.loads(self.common.stored)
+        return self.common.model.model_validate({**fields, _KEY: self.storage_key})
 
 
-_KEY = "storage_key"  # of `ResultRecordMetadata`
 _BY_ITSELF = {"completed", "failed", "crashed", "timed_out"}
-
-
-def _interned(text: str | None) -> str | None:
-    return None if text is None else sys.intern(text)
+_KEY = "storage_key"  # of `ResultRecordMetadata`
+_NUMBERS = struct.Struct("16s16s16sdd")
 
 
 def _leave_alone(*_: object) -> None:
     """Do nothing: the child is over."""
-
-
-@functools.lru_cache(maxsize=256)
-def _shared(value: UUID | None) -> Any:
-    """Return the first of equal ids, so that the children of a deployment share theirs."""
-    return value

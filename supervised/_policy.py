@@ -62,17 +62,18 @@ def resolve_on_parent(
     )
     _refuse_unknown("cause", given, CAUSES)
     _refuse_unknown("action", given.values(), ACTIONS)
-    return _shared(tuple(given.get(cause, default[cause]) for cause in CAUSES))
+    return policy_of(tuple(given.get(cause, default[cause]) for cause in CAUSES))
 
 
 @functools.cache  # there are 243, and each of 100,000 children has one
-def _shared(actions: tuple[Action, ...]) -> Mapping[Cause, Action]:
+def policy_of(actions: tuple[Action, ...]) -> Mapping[Cause, Action]:
+    """Return the policy that has these actions, in the order of `CAUSES`."""
     return dict(zip(CAUSES, actions, strict=True))
 
 
 def without_detach(policy: Mapping[Cause, Action]) -> Mapping[Cause, Action]:
     """Return the policy for a child that cannot outlive its parent's process."""
-    return _shared(
+    return policy_of(
         tuple(
             DEFAULT_ON_PARENT[cause] if policy[cause] == "detach" else policy[cause]
             for cause in CAUSES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from supervised._errors import DuplicateKeyError, ScopeClosedError
 from supervised._finished import Finished
@@ -30,6 +31,7 @@ class Registry:
         self._scope = scope
         self._lock = threading.RLock()
         self._children: dict[str, Child[Any] | Finished] = {}
+        self._held: WeakValueDictionary[str, Child[Any]] = WeakValueDictionary()
         self._work: dict[str, str] = {}  # where the key does not tell
         self._occurrences: dict[str, int] = {}  # of what was spawned more than once
         self._live = 0
@@ -97,6 +99,7 @@ class Registry:
             self._live -= 1
             if self._banned is None and (kept := Finished.of(child)) is not None:
                 self._children[child.key] = kept
+                self._held[child.key] = child
             if self._live:
                 return
         self._wake_waiters()
@@ -162,8 +165,8 @@ class Registry:
     def owns(self, child: Child[Any]) -> bool:
         """Whether a child was admitted here."""
         with self._lock:
-            known = self._children.get(child.key)
-            return known is child or (isinstance(known, Finished) and known.handle() is child)
+            known = self._held.get(child.key) or self._children.get(child.key)
+            return known is child
 
     def of_run(self, run_id: UUID) -> Child[Any] | None:
         """Return the child that has a run, or that has been told to adopt it."""
@@ -174,8 +177,11 @@ class Registry:
         return None
 
     def _handle(self, key: str) -> Child[Any]:
-        known = self._children[key]
-        return known.child() if isinstance(known, Finished) else known
+        """Return a child's handle; make one if nobody holds it."""
+        known = self._held.get(key) or self._children[key]
+        if isinstance(known, Finished):
+            known = self._held[key] = known.child()
+        return known
 
 
 def describe_ban(reason: CancelReason) -> str:

@@ -416,7 +416,7 @@ class Teardown:
         over = {}
         for each in self._finished():
             over[each.flow_run_id] = each.kind
-            if each.on_parent[self._cause] == "detach":
+            if each.action(self._cause) == "detach":
                 self._spared.add(each.flow_run_id)
         for child in self._children():
             if child.is_over and child.flow_run_id is not None:

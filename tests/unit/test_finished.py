@@ -219,7 +219,6 @@ def test_a_handle_that_is_made_again_tells_what_the_first_one_told(
     first.assign_run(a_run(**fields))
     first.settle(outcome, state=end, value=object(), exception=exception)
     kept = Finished.of(first)
-    kept.handle = lambda: None
     again = kept.child()
     assert again is not first
     for name in TOLD:
