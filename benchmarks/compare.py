@@ -45,6 +45,7 @@ QUICK = {
     "overhead": ["--flows", "10"],
     "growth": ["--children", "10", "100", "--repetitions", "1", "--memory", "100"],
 }
+REPEATED = {"cascade", "launch", "sweep", "growth"}
 Row = Mapping[str, Any]
 
 
@@ -55,6 +56,8 @@ def main() -> int:
         for name in options.only:
             sys.stderr.write(f"== {name}\n")
             extra = QUICK[name] if options.quick else SCRIPTS[name]
+            if options.repetitions and name in REPEATED:
+                extra = [*extra, "--repetitions", str(options.repetitions)]
             results[name] = {"when": today(), "machine": machine(), "rows": run(name, extra)}
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -68,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--quick", action="store_true", help="a look at whether it works")
+    parser.add_argument("--repetitions", type=int, help="fewer or more of them than by default")
     parser.add_argument("--render", action="store_true")
     return parser.parse_args()
 
