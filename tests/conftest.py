@@ -102,6 +102,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("server")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """A failed test shows what its runs and processes did, while they can still be asked."""
+    report = yield
+    world = getattr(item, "funcargs", {}).get("world")
+    if world is not None and report.when == "call" and report.failed:
+        report.sections += world.evidence()
+    return report
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Show how long children have outlived their parents."""
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID, uuid4
@@ -14,7 +15,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import Cancelling, Scheduled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from prefect.client.schemas.objects import FlowRun
 
@@ -43,6 +44,8 @@ class World:
         self.server = server
         self.folder = folder
         self.client = client
+        self._since = datetime.now(timezone.utc)
+        self._logged = _size(self._log)
 
     # -- acting ---------------------------------------------------------------------------
 
@@ -110,6 +113,33 @@ class World:
 
     def states(self, root: UUID) -> dict[str, str]:
         return {f"{run.name} {run.id}": str(run.state_name) for run in self.tree(root)}
+
+    # -- telling why a test has failed ----------------------------------------------------
+
+    def evidence(self) -> list[tuple[str, str]]:
+        """Sections for the report: the runs since the start, what their processes have logged."""
+        logs = [(log.name, log.read_text(errors="replace")) for log in self.folder.glob("*.log")]
+        if self._log.exists():
+            logs.append((self._log.name, self._log.read_text(errors="replace")[self._logged :]))
+        shown = [(name, "\n".join(text.splitlines()[-200:])) for name, text in logs]
+        return [("runs", "\n".join(self._histories())), *shown]
+
+    def _histories(self) -> Iterator[str]:
+        since = {"expected_start_time": {"after_": self._since}}
+        pids, alive = self.pids(), self.alive()
+        for run in self.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(since)):
+            life = "lives" if str(run.id) in alive else "does not live"
+            yield f"{run.id} {run.name}: process {pids.get(str(run.id))} {life}"
+            for state in self.client.read_flow_run_states(run.id):
+                yield f"    {state.timestamp:%T.%f} {state.name} {state.message or ''}"
+
+    @property
+    def _log(self) -> Path:
+        return self.server.home / "runner.log"
+
+
+def _size(file: Path) -> int:
+    return len(file.read_text(errors="replace")) if file.exists() else 0
 
 
 def _is_alive(pid: int) -> bool:
