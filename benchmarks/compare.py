@@ -176,12 +176,15 @@ FIGURES = [
         )
         for shape in (LEAVES, LEVELS, *CHAINS)
     ),
-    Figure(
-        "500 live runs cancelled on the server, ours / floor",
-        "sweep",
-        values("seconds", contender="supervised"),
-        values("seconds", contender="floor"),
-        "<= 1.15",
+    *(
+        Figure(
+            f"500 live runs cancelled on the server, ours / {floor}",
+            "sweep",
+            values("seconds", contender="supervised"),
+            values("seconds", contender=floor),
+            "<= 1.15",
+        )
+        for floor in ("floor", "floor, 4 at a time")
     ),
     Figure(
         "requests while 200 children run for 10 minutes, plain / ours",

@@ -42,7 +42,8 @@ _READ_SECONDS_WITH_EVENTS = 2.0
 _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
 _LOOK_SECONDS = 0.05
-_INLINE_SECONDS = 1.0
+_INLINE_SECONDS = 1.5
+_ENGINE_SECONDS = 1.0  # what an engine may need, on a busy server, to write how its run has ended
 _REQUEST_SECONDS = 8.0
 _FOREIGN_SECONDS = 2.0
 _ASKING_SECONDS = 5.0
@@ -654,7 +655,9 @@ class Teardown:
             return  # who owns a process kills it in time
         if waited > self._budget.request_again_after and self._first(target, "asked again"):
             interrupt()
-        if waited > self._budget.close_after and self._first(target, "interrupted"):
+        # To cut the engine off sooner, however short the grace, made `Crashed` of `Cancelled`.
+        ends_after = max(self._budget.close_after, _ENGINE_SECONDS)
+        if waited > ends_after and self._first(target, "interrupted"):
             interrupt(hard=True)
 
     async def _close_unstarted(self, target: Target, waited: float) -> None:

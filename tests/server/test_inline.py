@@ -762,6 +762,28 @@ def test_with_no_grace_the_children_are_asked_all_the_same():
     assert [run.state_name for run in runs_below(seen["run"])] == ["Cancelled"]
 
 
+def test_with_no_grace_the_engines_still_write_how_their_runs_have_ended():
+    seen = {}
+
+    async def takes_a_while(*_: object) -> None:
+        await asyncio.sleep(0.3)
+        seen["hook"] = "finished"
+
+    hooked = forever.with_options(on_cancellation=[takes_a_while])
+
+    @supervised_flow(grace_seconds=0)
+    async def parent():
+        child = supervisor.spawn(hooked)
+        await running(child)
+        seen["run"] = own_run_id()
+        raise KeyError("body")
+
+    with pytest.raises(KeyError):
+        asyncio.run(parent())
+    assert seen["hook"] == "finished"
+    assert [run.state_name for run in runs_below(seen["run"])] == ["Cancelled"]
+
+
 def test_a_key_that_an_earlier_attempt_used_up_gets_a_new_generation():
     """As after a suspend: the same run, from the top, and the server counts no new attempt."""
     seen = []
