@@ -191,7 +191,7 @@ async def lenient(folder: str, children: list[str]) -> None:
     await _body(folder, children)
 
 
-@supervised_flow(lease_seconds=4)
+@supervised_flow(lease_seconds=10)
 async def root_brief(folder: str, children: list[str]) -> None:
     await _body(folder, children)
 

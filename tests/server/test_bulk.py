@@ -160,7 +160,7 @@ def test_a_deployment_that_is_gone_says_nothing_about_others(world, deployment, 
     refuse = ("/create_flow_run/bulk", 404, 1, "Deployment not found")
     parent, runs = create(world, deployment, refuse=refuse)
     assert {run.id for run in runs} == set(children_of(world, parent))
-    assert requested["POST bulk"] == 2, "it is tried again"
+    assert requested["POST bulk"] >= 2, "it is tried again"
 
 
 def test_a_bulk_that_the_database_has_thrown_out_is_repeated(

@@ -37,7 +37,7 @@ from supervised import (
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
-SOON = 20.0
+SOON = 60.0
 
 
 @flow
@@ -332,7 +332,7 @@ def test_a_parent_that_was_suspended_finds_its_children(deployed: World):
         lambda: deployed.run(run.id).state_name == "Suspended", seconds=90, what="it is suspended"
     )
     first = int((deployed.folder / "local").read_text())
-    eventually(lambda: not psutil.pid_exists(first), seconds=15, what="its process is gone")
+    eventually(lambda: not psutil.pid_exists(first), seconds=60, what="its process is gone")
     (deployed.folder / "local").unlink()
     deployed.tell("resumed")
     deployed.client.resume_flow_run(run.id)
@@ -350,7 +350,7 @@ def test_a_parent_that_was_paused_keeps_its_children(deployed: World):
     """Resumed in its own process, which the server counts as one more attempt."""
 
     def resume(run_id):
-        eventually(lambda: deployed.run(run_id).state_name == "Paused", seconds=30, what="paused")
+        eventually(lambda: deployed.run(run_id).state_name == "Paused", seconds=60, what="paused")
         deployed.client.resume_flow_run(run_id)
 
     @supervised_flow

@@ -63,7 +63,7 @@ def test_its_logs_arrive_too():
     with get_client(sync_client=True) as client:
         eventually(
             lambda: any("hello from" in log.message for log in client.read_logs(found)),
-            seconds=15,
+            seconds=30,
             what="the log has arrived",
         )
 
@@ -145,7 +145,7 @@ def test_a_failing_parent_takes_it_along(tmp_path):
 
     with pytest.raises(ValueError, match="the body failed"):
         asyncio.run(parent())
-    eventually(lambda: not is_alive(pids[0]), seconds=5, what="the grandchild is gone")
+    eventually(lambda: not is_alive(pids[0]), seconds=30, what="the grandchild is gone")
 
 
 def test_it_does_not_outlive_a_parent_that_is_killed(server, tmp_path):
@@ -154,4 +154,4 @@ def test_it_does_not_outlive_a_parent_that_is_killed(server, tmp_path):
         pid = eventually(lambda: pid_in(tmp_path), seconds=60, what="the child has started")
         parent.kill()
         parent.wait()
-        eventually(lambda: not is_alive(pid), seconds=20, what="the child is gone")
+        eventually(lambda: not is_alive(pid), seconds=30, what="the child is gone")

@@ -199,8 +199,8 @@ def is_torn_down(run: FlowRun) -> bool:
 def suspend_and_resume(stage: Stage, world: World, root: UUID, runner: psutil.Process) -> None:
     before = set(world.alive()) - {str(root)}
     world.tell("suspend")
-    eventually(lambda: world.run(root).state_name == "Suspended", seconds=30, what="suspended")
-    eventually(lambda: str(root) not in world.alive(), seconds=30, what="its process is gone")
+    eventually(lambda: world.run(root).state_name == "Suspended", seconds=60, what="suspended")
+    eventually(lambda: str(root) not in world.alive(), seconds=60, what="its process is gone")
     assert before - set(world.alive()) <= {
         str(run.id) for run in world.tree(root) if run.name.startswith("cancelling")
     }, "the children stay"
@@ -238,7 +238,7 @@ def test_no_child_outlives_its_root(stage: Stage, world: World, way: str, record
         world.tell("go")
         eventually(
             lambda: len(world.tree(root.id)) == 1 + 2 + len(STATES) * len(DEPTHS),
-            seconds=30,
+            seconds=60,
             what="every child has a run",
         )
         WAYS[way](stage, world, root.id, runner)

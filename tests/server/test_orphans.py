@@ -20,7 +20,7 @@ from test_teardown import LEAVES, SOON, assert_all_gone, assert_cancelled_below
 from supervised import cli
 from supervised.testing import running
 
-LEASE = 4  # seconds; of tests/flows/tree.py, root_brief
+LEASE = 10  # seconds; of tests/flows/tree.py, root_brief
 
 
 def kill(world: World, run_id: UUID) -> None:
@@ -122,7 +122,7 @@ def test_the_guard_ends_plain_children_of_a_lost_parent(
         )
         assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"healthy": True}
         guard.send_signal(signal.SIGTERM)
-        assert guard.wait(10) == 0
+        assert guard.wait(30) == 0
     assert "has not been heard of" in log.read_text()
     assert not deployed.run(copy).state.is_final(), "a copied tag proves nothing"
 

@@ -49,7 +49,7 @@ def test_cancelling_a_run_that_no_runner_watches_ends_it_and_its_tree(
     process, root = alone(kind)
     deployed.cancel(root)
     assert_all_gone(deployed, root)
-    assert process.wait(10) == 0
+    assert process.wait(30) == 0
     assert deployed.run(root).state_name == "Cancelled"
     assert_cancelled_below(deployed, root)
     assert "ended as CancelledRun" in (deployed.folder / "alone.log").read_text()
@@ -63,7 +63,7 @@ def test_a_signal_takes_the_tree_along(
     process, root = alone(kind)
     os.kill(process.pid, signum)
     assert_all_gone(deployed, root)
-    assert process.wait(10) != 0
+    assert process.wait(30) != 0
     assert deployed.run(root).state.is_crashed()
     assert_cancelled_below(deployed, root)
 
@@ -75,7 +75,7 @@ def test_a_signal_that_another_task_of_the_loop_swallows_is_not_lost(
     process, root = alone("crowded")
     os.kill(process.pid, signal.SIGTERM)
     assert_all_gone(deployed, root)
-    assert process.wait(10) != 0
+    assert process.wait(30) != 0
     assert deployed.run(root).state.is_crashed()
     assert_cancelled_below(deployed, root)
 

@@ -97,7 +97,7 @@ class World:
     def started(self, count: int) -> bool:
         return len(self.alive()) >= count
 
-    def wait_for_start(self, count: int, seconds: float = 90) -> None:
+    def wait_for_start(self, count: int, seconds: float = 120) -> None:
         eventually(
             lambda: self.started(count), seconds=seconds, what=f"{count} processes have started"
         )
