@@ -65,9 +65,10 @@ def measure(world: World, contender: str, widths: list[int]) -> dict[str, float]
     """Cancel one tree; return the seconds that it took."""
     root = world.start(f"{CONTENDERS[contender]}/bench", widths=widths)
     world.wait_for_start(count(widths), seconds=300)
+    everything = [run.id for run in world.tree(root.id)]
     began = time.monotonic()
     if contender == "floor":
-        cancel_at_once(world.client, [run.id for run in world.tree(root.id)])
+        cancel_at_once(world.client, everything)
     else:
         world.cancel(root.id)
     seconds: dict[str, float] = {}

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 
 import anyio
 import attrs
+import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import FlowRunCreate, StateCreate
 from prefect.client.schemas.filters import (
@@ -65,6 +66,7 @@ LIVE_STATES = [
     StateType.PAUSED,
     StateType.CANCELLING,
 ]
+_LIVE = FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE_STATES))
 _PAGE = 200  # the server's maximum for reads
 _LABEL_ATTEMPTS = 5
 _DEPLOYMENT_SECONDS = 10.0  # after which somebody may have paused it, or served another version
@@ -107,8 +109,10 @@ class RunRequest:
     scheduled_time: datetime | None = None
     work_queue_name: str | None = None
     job_variables: Mapping[str, Any] | None = None
+    is_wanted: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
+    """Whether anybody still wants the run, as far as the server may not have been asked yet."""
     begin: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
-    """Asked when the request is about to go out; if it says no, nobody wants the run any more."""
+    """The same, asked when the request is about to go out: from then on it may have been."""
 
 
 @attrs.frozen
@@ -153,7 +157,9 @@ class Orchestrator(Protocol):
 
     async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]: ...
 
-    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]: ...
+    async def read_children(
+        self, parents: Iterable[UUID], *, live_only: bool = False
+    ) -> list[FlowRun]: ...
 
     async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]: ...
 
@@ -223,11 +229,9 @@ class PrefectOrchestrator:
         # took 2 to 6 s side by side, and 0.4 s one after another.
         self._one_write = anyio.CapacityLimiter(1)
         self._bulk_creation = BulkCreation(client, self._one_write, self.read_runs, _tracking_task)
-        self._creations = Batches(
-            self._create_runs,
-            limit=BULK_CREATION_LIMIT,
-            is_wanted=lambda item: item[1].begin(),
-        )
+        self._creations = Batches(self._create_in_bulk, limit=BULK_CREATION_LIMIT)
+        self._one_alone = anyio.Lock()
+        self._unreachable: tuple[float, httpx.TransportError] | None = None
 
     async def close(self) -> None:
         """Create nothing more; the client belongs to who opened it."""
@@ -284,21 +288,32 @@ class PrefectOrchestrator:
         Raises:
             ParametersError: If the deployment's schema refuses the parameters.
         """
-        return await self._creations.submit(deployment.id, (deployment, request))
+        run = await self._creations.submit(deployment.id, (deployment, request))
+        return run or await self._create_alone(deployment, request)
 
-    async def _create_runs(
+    async def _create_in_bulk(
         self, items: Sequence[tuple[Deployment, RunRequest]]
-    ) -> list[FlowRun | Exception]:
-        """Create runs of one deployment: in bulk, and by itself what cannot be created so."""
+    ) -> list[FlowRun | None]:
         found = await self._bulk_creation.create(items[0][0], [request for _, request in items])
-        results: list[FlowRun | Exception] = []
-        for deployment, request in items:
-            run = found.get(request.idempotency_key)
-            if run is None:
-                results.append(await _outcome(self._create_run(deployment, request)))
-            else:
-                results.append(run)
-        return results
+        return [found.get(request.idempotency_key) for _, request in items]
+
+    async def _create_alone(self, deployment: Deployment, request: RunRequest) -> FlowRun | None:
+        """Create what was not created in bulk: one after the other, the first come first.
+
+        Who waits while the server cannot be reached shares that failure: a hundred that find it
+        out one after another would take a hundred times as long.
+        """
+        asked = monotonic()
+        async with self._one_alone:
+            if self._unreachable is not None and self._unreachable[0] > asked:
+                raise self._unreachable[1]
+            if not request.begin():
+                return None
+            try:
+                return await self._create_run(deployment, request)
+            except httpx.TransportError as exc:
+                self._unreachable = (monotonic(), exc)
+                raise
 
     async def _create_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
         task = _tracking_task(deployment)
@@ -386,17 +401,18 @@ class PrefectOrchestrator:
 
     async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]:
         """Return all runs with a tag."""
-        state = FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE_STATES))
-        return await self._read(
-            FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state if live_only else None)
-        )
+        state = _LIVE if live_only else None
+        return await self._read(FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state))
 
-    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]:
+    async def read_children(
+        self, parents: Iterable[UUID], *, live_only: bool = False
+    ) -> list[FlowRun]:
         """Return the direct children of these runs, by Prefect's own parent link."""
         found: list[FlowRun] = []
         for chunk in _chunks(parents, _PAGE):
-            below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=chunk))
-            found += await self._read(below)
+            below = FlowRunFilterParentFlowRunId(any_=chunk)
+            state = _LIVE if live_only else None
+            found += await self._read(FlowRunFilter(parent_flow_run_id=below, state=state))
         return found
 
     async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]:
@@ -593,13 +609,6 @@ def _tracking_task(target: Deployment | Flow[..., Any]) -> Task[..., Any]:
     task = Task[..., Any](name=target.name, fn=_nothing, version=target.version)
     task.task_key = f"supervised.spawn.{slugify(target.name)}"
     return task
-
-
-async def _outcome(work: Awaitable[T]) -> T | Exception:
-    try:
-        return await work
-    except Exception as exc:
-        return exc
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterable[list[T]]:

@@ -26,8 +26,6 @@ class Batches(Generic[T, R]):
         send: Makes one request for items of one kind. Returns what each has led to, in their
             order: a result, or an exception. What it raises is what all of them have led to.
         limit: How many items one request may carry.
-        is_wanted: Asked about each item when its turn has come: one that nobody wants any more is
-            not sent.
     """
 
     def __init__(
@@ -35,18 +33,14 @@ class Batches(Generic[T, R]):
         send: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]],
         *,
         limit: int,
-        is_wanted: Callable[[T], bool] = lambda _: True,
     ) -> None:
         self._send = send
         self._limit = limit
-        self._is_wanted = is_wanted
-        self._waiting: dict[Hashable, deque[tuple[T, asyncio.Future[R | None]]]] = {}
+        self._waiting: dict[Hashable, deque[tuple[T, asyncio.Future[R]]]] = {}
         self._sender: asyncio.Task[None] | None = None
 
-    async def submit(self, kind: Hashable, item: T) -> R | None:
+    async def submit(self, kind: Hashable, item: T) -> R:
         """Have an item sent together with others of its kind, and return what it has led to.
-
-        That is `None` if nobody wanted it any more when its turn had come.
 
         Who is cancelled here before the item is sent takes it back; afterwards the request goes
         on for the sake of the others.
@@ -54,7 +48,7 @@ class Batches(Generic[T, R]):
         Raises:
             Exception: What the item, or the whole request, has led to.
         """
-        answer: asyncio.Future[R | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(kind, deque()).append((item, answer))
         if self._sender is None:
             self._sender = asyncio.create_task(self._send_all())
@@ -80,24 +74,20 @@ class Batches(Generic[T, R]):
     async def _send_some(self) -> None:
         """Send what waits of the kind that came first, as much as one request may carry."""
         kind, queue = next(iter(self._waiting.items()))
-        batch: list[tuple[T, asyncio.Future[R | None]]] = []
+        batch: list[tuple[T, asyncio.Future[R]]] = []
         while queue and len(batch) < self._limit:
             item, answer = queue.popleft()
-            if answer.done():
-                continue
-            if self._is_wanted(item):
+            if not answer.done():
                 batch.append((item, answer))
-            else:
-                answer.set_result(None)
         del self._waiting[kind]
         if queue:
             self._waiting[kind] = queue  # the other kinds have their turn first
         if batch:
             await self._answer(batch)
 
-    async def _answer(self, batch: list[tuple[T, asyncio.Future[R | None]]]) -> None:
+    async def _answer(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         answers = [answer for _, answer in batch]
-        pairs: Sequence[tuple[asyncio.Future[R | None], R | Exception]]
+        pairs: Sequence[tuple[asyncio.Future[R], R | Exception]]
         try:
             results = await self._send([item for item, _ in batch])
             pairs = list(zip(answers, results, strict=True))

@@ -7,6 +7,8 @@ has not made in bulk, whatever the reason, is left to be asked for by itself.
 
 from __future__ import annotations
 
+import json
+import math
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -43,6 +45,7 @@ _RECORDED_SECONDS = 3.0
 _RECORDED_SECONDS_EACH = 0.05  # a busy server needs 20 ms
 _LOOK_SECONDS = 0.05
 _LOOK_SECONDS_EACH = 0.004
+_RECOVERY_SECONDS = 60.0  # for a server that does not record events, or is far behind
 _MISSING = {403, 404, 405, 501}
 
 
@@ -62,12 +65,12 @@ class BulkCreation:
     _read_runs: Callable[[Iterable[UUID]], Awaitable[list[FlowRun]]]
     _tracking_task: Callable[[Deployment], Task[..., Any]]
     _is_offered: bool = True
-    _records_events: bool = True
+    _events_again: float = -math.inf
 
     async def create(
         self, deployment: Deployment, requests: Sequence[RunRequest]
     ) -> dict[str, FlowRun]:
-        """Create those runs that can be created in bulk.
+        """Create those runs that can be created in bulk, and that somebody still wants.
 
         Returns:
             Each run by the idempotency key of its request. What is missing has to be asked for by
@@ -75,6 +78,7 @@ class BulkCreation:
         """
         if len(requests) < _FEW or not self._is_offered:
             return {}
+        requests = [each for each in requests if each.is_wanted() and _is_sendable(each)]
         linked = [request for request in requests if request.is_linked]
         tracked = await self._track(deployment, linked)
         ready = [
@@ -84,10 +88,11 @@ class BulkCreation:
         ]
         found: dict[str, FlowRun] = {}
         for pause in _PAUSES:
+            await anyio.sleep(pause)
             missing = [request for request in ready if request.idempotency_key not in found]
+            missing = [request for request in missing if request.begin()]
             if len(missing) < _FEW or not self._is_offered:
                 break
-            await anyio.sleep(pause)
             # Read, not believed: where one of them fails for the database's sake, the whole
             # transaction is gone, whatever the answer says of the others.
             try:
@@ -128,7 +133,7 @@ class BulkCreation:
         Returns:
             The ids of those that the server has recorded.
         """
-        if not self._records_events or not requests:
+        if _clock.monotonic() < self._events_again or not requests:
             return set()
         task = self._tracking_task(deployment)
         events = [compat.task_run_event(tracking_task_run(task, each)) for each in requests]
@@ -137,14 +142,15 @@ class BulkCreation:
                 await self._client.request("POST", "/events", json=events)
         except PrefectHTTPStatusError:
             logger.debug("Sending %d events failed", len(events), exc_info=True)
-            self._records_events = False
+            self._events_again = _clock.monotonic() + _RECOVERY_SECONDS
             return set()
         try:
             recorded = await self._wait_until_recorded([each.tracking_id for each in requests])
         except PrefectHTTPStatusError:
             logger.debug("Looking for %d task runs failed", len(events), exc_info=True)
             return set()
-        self._records_events = bool(recorded)
+        if not recorded:
+            self._events_again = _clock.monotonic() + _RECOVERY_SECONDS
         return recorded
 
     async def _wait_until_recorded(self, ids: Sequence[UUID]) -> set[UUID]:
@@ -162,6 +168,15 @@ class BulkCreation:
 
 
 _BULK_ROUTE: Any = "/deployments/{id}/create_flow_run/bulk"  # not in the client's Literal of routes
+
+
+def _is_sendable(request: RunRequest) -> bool:
+    """Whether the parameters are JSON; otherwise one would fail all that are sent with it."""
+    try:
+        json.dumps(create_body(request), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError):  # a lone surrogate, NaN, an object of any kind
+        return False
+    return True
 
 
 def create_body(request: RunRequest) -> dict[str, Any]:

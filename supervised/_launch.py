@@ -507,8 +507,9 @@ async def _create_deployed(
             f"It takes: {', '.join(deployment.parameters or ()) or 'none'}."
         )
     request = _request(child, spec, deployment)
-    begin = functools.partial(_begin, child)
-    return await api.create_deployment_run(deployment, attrs.evolve(request, begin=begin))
+    is_wanted, begin = functools.partial(_is_wanted, child), functools.partial(_begin, child)
+    asked = attrs.evolve(request, is_wanted=is_wanted, begin=begin)
+    return await api.create_deployment_run(deployment, asked)
 
 
 async def _create_inline(
@@ -575,23 +576,22 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 
 def _begin(child: Child[Any]) -> bool:
     """Whether to create the child's run; from then on the server may know it."""
-    if _cancelled_early(child):
-        return False
-    child.attempt.was_requested = True
-    return True
+    wanted = _is_wanted(child)
+    child.attempt.was_requested |= wanted
+    return wanted
 
 
-def _cancelled_early(child: Child[Any]) -> bool:
-    """Whether there is nothing left to launch, and nothing has been.
+def _is_wanted(child: Child[Any]) -> bool:
+    """Whether there is anything to launch, or something may have been.
 
     A request that was not answered may have been carried out; only asking again tells.
     """
-    if child.attempt.was_requested:
-        return False
     attempt = child.attempt
+    if attempt.was_requested:
+        return True
     if child.cancel_reason is not None:
         child.settle("cancelled", of=attempt)
-    return attempt.is_over
+    return not attempt.is_over
 
 
 def _request(

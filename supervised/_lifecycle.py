@@ -182,8 +182,7 @@ class Lifecycle:
             self.detach(child)
         elif child.span is not None and child.is_detached:
             child.span.end("detached", state=run.state, exception=None, end_ns=time.time_ns())
-        is_new = run.labels.get(_identity.SPAWN) == spec.id
-        self._arm_deadline(child, 0.0 if is_new else await _age(services.api, run))
+        await self._resume_deadline(services, child, spec, run)
         has_process = child.kind == "process" and self._scope.host.starts_processes
         if isinstance(spec.target, Flow) and has_process:
             self._start_process(child, spec, spec.target, run)
@@ -264,6 +263,14 @@ class Lifecycle:
                 call_soon=self._plane.call_soon,
             )
         return self._launcher
+
+    async def _resume_deadline(
+        self, services: Services, child: Child[Any], spec: _launch.LaunchSpec, run: FlowRun
+    ) -> None:
+        """Arm the child's deadline; a run that an earlier attempt launched has used some of it."""
+        if child.timeout_seconds is not None:
+            is_new = run.labels.get(_identity.SPAWN) == spec.id
+            self._arm_deadline(child, 0.0 if is_new else await _age(services.api, run))
 
     def _arm_deadline(self, child: Child[Any], age: float = 0.0) -> None:
         if child.timeout_seconds is None or child.key in self._timed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
+from collections import Counter, deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ _POLL_WITHOUT_EVENTS_SECONDS = 1.5
 # Reading a page of 200 takes a server 0.1 s and more (benchmarks/sweep.py): of many thousands of
 # children, that is its whole time.
 _POLL_SHARE = 0.05
+_POLLS = 3  # of which the quickest counts: one may have waited for a server that was starting anew
 _POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02
 _RECONNECT_SECONDS = 2.0
@@ -67,7 +68,7 @@ class Watcher:
         self.news = 0  # ends and new runs that the stream has told of, in any tree we subscribe to
         self._heard: set[UUID] = set()  # ends that the stream told of since the last poll
         self._unheard: set[UUID] = set()  # ends that only the last poll has found
-        self._poll_cost = 0.0  # seconds that the last poll took
+        self._poll_seconds_taken: deque[float] = deque(maxlen=_POLLS)
 
     def watch(self, child: Child[Any]) -> None:
         """Follow a child whose run exists."""
@@ -247,6 +248,12 @@ class Watcher:
                     self.hint(run_id)
 
     @property
+    def _poll_cost(self) -> float:
+        """How many seconds it takes to read everything."""
+        taken = self._poll_seconds_taken
+        return min(taken) if len(taken) > 1 else 0.0
+
+    @property
     def _poll_seconds(self) -> float:
         """How long nothing has to be read: longer, the longer it takes."""
         if self._connected:
@@ -267,7 +274,7 @@ class Watcher:
                 continue
             polled = _clock.monotonic()
             if await self._poll_all():  # what a failure took says nothing
-                self._poll_cost = _clock.monotonic() - polled
+                self._poll_seconds_taken.append(_clock.monotonic() - polled)
 
     async def _poll_all(self) -> bool:
         if self._unheard:
