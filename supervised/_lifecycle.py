@@ -160,6 +160,7 @@ class Lifecycle:
         self, services: Services, child: Child[Any], spec: _launch.LaunchSpec
     ) -> None:
         attempt = child.attempt
+        self._scope.own.watch_tree(services.watcher)
         if not child.is_local:
             await self._scope.hold_lease(services)
         with priority(Priority.LAUNCH):
@@ -302,6 +303,7 @@ class Lifecycle:
         future.add_done_callback(functools.partial(_settle_failed, child, child.attempt))
 
     async def _adopt(self, services: Services, child: Child[Any], run_id: UUID) -> None:
+        self._scope.own.watch_tree(services.watcher)
         await self._scope.hold_lease(services)
         with priority(Priority.LAUNCH):
             run = await self._launcher_with(services).adopt(child, run_id)

@@ -53,6 +53,7 @@ class OwnRun:
         self._on_cancelled = on_cancelled
         self._on_superseded = on_superseded
         self._is_over = False
+        self._follows_tree = False
         self.cancellation: str | None = None
         """What the run's state says of its cancellation; `None` if there is none."""
         self.lost: CancelReason | None = None
@@ -67,12 +68,21 @@ class OwnRun:
         """The ancestor whose own teardown covers this whole tree, if one cancels the run."""
 
     def watch(self, watcher: Watcher) -> None:
-        """Follow the run, and all runs of its tree."""
-        watcher.watch_owner(self._run.id, self._lineage.tag, self._on_change)
+        """Follow the run."""
+        watcher.watch_owner(self._run.id, self._on_change)
+
+    def watch_tree(self, watcher: Watcher) -> None:
+        """Follow all runs of its tree: only who has children needs that, and most have none."""
+        if not self._follows_tree:
+            self._follows_tree = True
+            watcher.watch_tree(self._lineage.tag)
 
     def unwatch(self, watcher: Watcher) -> None:
         """Stop following."""
-        watcher.unwatch_owner(self._run.id, self._lineage.tag)
+        watcher.unwatch_owner(self._run.id)
+        if self._follows_tree:
+            self._follows_tree = False
+            watcher.unwatch_tree(self._lineage.tag)
 
     def close(self) -> None:
         """Hear nothing any more: the scope is over."""

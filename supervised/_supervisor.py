@@ -896,6 +896,7 @@ class Supervisor(Joiners):
 
     async def _watch(self, services: Services) -> None:
         self.own.watch(services.watcher)
+        self.own.watch_tree(services.watcher)
 
     async def _limit_requests(self, services: Services) -> None:
         assert self.options.requests_per_minute is not None

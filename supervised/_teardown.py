@@ -276,7 +276,7 @@ class Teardown:
                 return
             if not self._pending() and not await self._sweep():
                 return
-            hears = self._watcher.hears
+            hears = self._watcher.hears(self._lineage.tag)
             if _clock.monotonic() - swept > (
                 _SWEEP_SECONDS_WITH_EVENTS if hears else _SWEEP_SECONDS
             ):
@@ -286,7 +286,8 @@ class Teardown:
 
     async def _read_if_due(self, targets: list[Target]) -> None:
         """Read when something has ended or begun since the last time, or enough time has passed."""
-        seconds = _READ_SECONDS_WITH_EVENTS if self._watcher.hears else _READ_SECONDS
+        hears = self._watcher.hears(self._lineage.tag)
+        seconds = _READ_SECONDS_WITH_EVENTS if hears else _READ_SECONDS
         due = self._read_at + max(seconds, 2 * self._read_cost)
         if self._watcher.news != self._news or _clock.monotonic() > due:
             self._news, self._read_at = self._watcher.news, _clock.monotonic()

@@ -39,6 +39,7 @@ _POLL_WITHOUT_EVENTS_SECONDS = 1.5
 # Reading a page of 200 takes a server 0.1 s and more (benchmarks/sweep.py): of many thousands of
 # children, that is its whole time.
 _POLL_SHARE = 0.05
+_PAGE = 200  # what one request reads: to read some of it alone saves nothing
 _POLLS = 3  # of which the quickest counts: one may have waited for a server that was starting anew
 _POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02
@@ -63,6 +64,7 @@ class Watcher:
         self._wake_reader = anyio.Event()
         self._resubscribe = anyio.Event()
         self._connected = False
+        self._streamed: set[str] = set()  # the resources that the stream tells of
         self._stream_lost = anyio.Event()
         self._is_trusted = True  # until an end is found that the stream has not told of
         self.news = 0  # ends and new runs that the stream has told of, in any tree we subscribe to
@@ -80,15 +82,23 @@ class Watcher:
         self._children.pop(run_id, None)
         self._crashes.pop(run_id, None)
 
-    def watch_owner(self, run_id: UUID, tag: str, on_change: Callable[[FlowRun], None]) -> None:
-        """Follow a scope's own run, and all runs with its tree's tag."""
+    def watch_owner(self, run_id: UUID, on_change: Callable[[FlowRun], None]) -> None:
+        """Follow a scope's own run."""
         self._owners[run_id] = on_change
-        self._subscribe(+1, *_resources(run_id, tag))
+        self._subscribe(+1, _run_resource(run_id))
 
-    def unwatch_owner(self, run_id: UUID, tag: str) -> None:
+    def unwatch_owner(self, run_id: UUID) -> None:
         """Stop following a scope's own run."""
         self._owners.pop(run_id, None)
-        self._subscribe(-1, *_resources(run_id, tag))
+        self._subscribe(-1, _run_resource(run_id))
+
+    def watch_tree(self, tag: str) -> None:
+        """Hear of all runs with a tree's tag."""
+        self._subscribe(+1, _tag_resource(tag))
+
+    def unwatch_tree(self, tag: str) -> None:
+        """Stop hearing of them."""
+        self._subscribe(-1, _tag_resource(tag))
 
     def watch_other(self, run_id: UUID, on_change: OnRead, *, every: float) -> None:
         """Follow a run of another process.
@@ -100,7 +110,7 @@ class Watcher:
         """
         self._paces[run_id, on_change] = every
         self._others.setdefault(run_id, []).append(on_change)
-        self._subscribe(+1, f"prefect.flow-run.{run_id}")
+        self._subscribe(+1, _run_resource(run_id))
         self.hint(run_id)
 
     def unwatch_other(self, run_id: UUID, on_change: OnRead) -> None:
@@ -109,19 +119,24 @@ class Watcher:
         listeners = self._others.get(run_id, [])
         if on_change in listeners:
             listeners.remove(on_change)
-            self._subscribe(-1, f"prefect.flow-run.{run_id}")
+            self._subscribe(-1, _run_resource(run_id))
         if not listeners:
             self._others.pop(run_id, None)
 
-    @property
-    def hears(self) -> bool:
-        """Whether the event stream is up, so that reads are needed for certainty only."""
-        return self._connected
+    def hears(self, tag: str) -> bool:
+        """Whether events of a tree arrive, so that reads are needed for certainty only."""
+        return self._connected and _tag_resource(tag) in self._streamed
 
     def hint(self, run_id: UUID) -> None:
         """Have a run read soon."""
         self._hinted.add(run_id)
         self._wake_reader.set()
+
+    def _hint_all(self) -> None:
+        others = {*self._owners, *self._others}
+        everything = {*self._children, *others}
+        for run_id in everything if len(everything) <= _PAGE else others:
+            self.hint(run_id)
 
     def apply(self, run: FlowRun, *, at_once: bool = False) -> None:
         """Take over what a read says of a run.
@@ -203,7 +218,9 @@ class Watcher:
     async def _stream(self, resources: list[str], scope: anyio.CancelScope) -> None:
         try:
             async with self._api.subscribe(resources) as events:
-                self._connected = self._is_trusted
+                if self._streamed:
+                    self._hint_all()  # what has happened while there was no stream
+                self._connected, self._streamed = self._is_trusted, set(resources)
                 async for event in events:
                     self._connected = self._is_trusted = True
                     self._on_event(event)
@@ -269,7 +286,8 @@ class Watcher:
                 await self._stream_lost.wait()
                 self._stream_lost = anyio.Event()
                 continue  # without events it is due sooner
-            if pace < due:
+            everything = {*self._children, *self._owners, *self._others}
+            if pace < due and len(everything) > _PAGE:
                 await self.refresh(set(self._others))
                 continue
             polled = _clock.monotonic()
@@ -321,9 +339,14 @@ class Watcher:
             child.settle("crashed", exception=gone)
 
 
-def _resources(run_id: UUID, tag: str) -> tuple[str, str]:
-    """Return what the events of a run and of its tree have in common, as Prefect names it."""
-    return f"prefect.tag.{tag}", f"prefect.flow-run.{run_id}"
+def _run_resource(run_id: UUID) -> str:
+    """Return what the events of a run have in common, as Prefect names it."""
+    return f"prefect.flow-run.{run_id}"
+
+
+def _tag_resource(tag: str) -> str:
+    """Return what the events of all runs with a tag have in common."""
+    return f"prefect.tag.{tag}"
 
 
 @asynccontextmanager

@@ -306,6 +306,7 @@ def test_a_child_that_is_launched_in_the_instant_of_the_teardown_is_ended():
 
     @supervised_flow
     async def busy():
+        supervisor.spawn("score/gpu")
         while not told:
             await asyncio.sleep(0.1)
         supervisor.spawn("score/gpu")
@@ -318,14 +319,14 @@ def test_a_child_that_is_launched_in_the_instant_of_the_teardown_is_ended():
     with world(root_of_busy) as prefect:
         prefect.has_hooks = False
         prefect.deploy("busy/test", busy)
-        root = started(prefect, 2)
+        root = started(prefect, 3)
         prefect.faults = Faults(dropped_events=1.0)
         root.terminate()
         prefect.until(lambda: root.below[0].state.is_cancelling(), within=5)
         told.append("go")
-        prefect.until(lambda: len(prefect.runs) == 3, within=5)
+        prefect.until(lambda: len(prefect.runs) == 4, within=5)
         root.below[0].kill()
-        prefect.until(lambda: prefect.runs[2].state.is_cancelled(), within=2 * SOON)
+        prefect.until(lambda: prefect.runs[3].state.is_cancelled(), within=2 * SOON)
 
 
 def test_a_detached_child_outlives_its_parent():

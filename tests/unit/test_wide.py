@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 
 import anyio
@@ -10,7 +11,7 @@ from prefect.states import Completed, Pending, Running
 
 from supervised import _clock, supervised_flow, supervisor
 from supervised.testing import FakePrefect
-from supervised.testing._client import FakeOrchestrator
+from supervised.testing._client import FakeOrchestrator, Stream
 
 MANY = 400
 KILL_CHECK_SECONDS = 3.3  # after which a runner that was told of a run has finished it
@@ -101,3 +102,61 @@ def test_a_run_that_was_asked_late_has_as_long_to_end_as_the_first(monkeypatch):
         assert root.report.ok
     assert set(nudged) == set(closed) == set(below)
     assert min(closed[run_id] - nudged[run_id] for run_id in below) > KILL_CHECK_SECONDS
+
+
+@supervised_flow
+async def launches_nothing(part: int = 0):
+    """Be a supervised child without children."""
+    await asyncio.sleep(3600)
+
+
+@supervised_flow
+async def of_supervised(children: int):
+    """Launch supervised children."""
+    for part in range(children):
+        supervisor.spawn("score/gpu", {"part": part})
+    await asyncio.sleep(3600)
+
+
+@contextlib.contextmanager
+def supervised_children(count):
+    """A tree of supervised children, all of which run."""
+    with FakePrefect() as prefect:
+        prefect.deploy("root/test", of_supervised, runner="root")
+        prefect.deploy("score/gpu", launches_nothing)
+        root = prefect.start("root/test", {"children": count})
+        prefect.until(lambda: len(root.below) == count, within=60)
+        prefect.until(lambda: all(run.state.is_running() for run in root.below), within=60)
+        prefect.advance(20)
+        yield prefect, root
+
+
+def test_a_supervised_child_that_waits_makes_one_request_for_all_it_watches(monkeypatch):
+    reads = Counter()
+
+    async def note(run_ids):
+        reads["runs"] += 1
+
+    with supervised_children(10) as (prefect, _):
+        called(monkeypatch, "read_runs", note)
+        prefect.advance(600)
+    of_the_parent = 600 / 10
+    assert reads["runs"] <= of_the_parent + 10 * 600 / 7.5 + 20
+
+
+def test_who_has_no_children_is_not_told_of_the_whole_tree(monkeypatch):
+    """Or a tree of a thousand would mean a million messages."""
+
+    put, told = Stream.put, Counter()
+
+    def counted(self, event):
+        told[count] += 1
+        return put(self, event)
+
+    monkeypatch.setattr(Stream, "put", counted)
+    for count in (10, 40):
+        with supervised_children(count) as (prefect, root):
+            told[count] = 0  # only what the end takes
+            root.cancel()
+            prefect.until(lambda: not prefect.alive, within=120)
+    assert told[40] <= 5 * told[10]
