@@ -14,7 +14,6 @@ from uuid import UUID, uuid4
 
 import anyio
 import attrs
-import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import FlowRunCreate, StateCreate
 from prefect.client.schemas.filters import (
@@ -66,7 +65,6 @@ LIVE_STATES = [
     StateType.PAUSED,
     StateType.CANCELLING,
 ]
-_LIVE = FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE_STATES))
 _PAGE = 200  # the server's maximum for reads
 _LABEL_ATTEMPTS = 5
 _DEPLOYMENT_SECONDS = 10.0  # after which somebody may have paused it, or served another version
@@ -157,9 +155,7 @@ class Orchestrator(Protocol):
 
     async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]: ...
 
-    async def read_children(
-        self, parents: Iterable[UUID], *, live_only: bool = False
-    ) -> list[FlowRun]: ...
+    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]: ...
 
     async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]: ...
 
@@ -231,7 +227,6 @@ class PrefectOrchestrator:
         self._bulk_creation = BulkCreation(client, self._one_write, self.read_runs, _tracking_task)
         self._creations = Batches(self._create_in_bulk, limit=BULK_CREATION_LIMIT)
         self._one_alone = anyio.Lock()
-        self._unreachable: tuple[float, httpx.TransportError] | None = None
 
     async def close(self) -> None:
         """Create nothing more; the client belongs to who opened it."""
@@ -298,22 +293,9 @@ class PrefectOrchestrator:
         return [found.get(request.idempotency_key) for _, request in items]
 
     async def _create_alone(self, deployment: Deployment, request: RunRequest) -> FlowRun | None:
-        """Create what was not created in bulk: one after the other, the first come first.
-
-        Who waits while the server cannot be reached shares that failure: a hundred that find it
-        out one after another would take a hundred times as long.
-        """
-        asked = monotonic()
+        """Create what was not created in bulk: one after the other, the first come first."""
         async with self._one_alone:
-            if self._unreachable is not None and self._unreachable[0] > asked:
-                raise self._unreachable[1]
-            if not request.begin():
-                return None
-            try:
-                return await self._create_run(deployment, request)
-            except httpx.TransportError as exc:
-                self._unreachable = (monotonic(), exc)
-                raise
+            return await self._create_run(deployment, request) if request.begin() else None
 
     async def _create_run(self, deployment: Deployment, request: RunRequest) -> FlowRun:
         task = _tracking_task(deployment)
@@ -401,18 +383,17 @@ class PrefectOrchestrator:
 
     async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]:
         """Return all runs with a tag."""
-        state = _LIVE if live_only else None
-        return await self._read(FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state))
+        state = FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE_STATES))
+        return await self._read(
+            FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state if live_only else None)
+        )
 
-    async def read_children(
-        self, parents: Iterable[UUID], *, live_only: bool = False
-    ) -> list[FlowRun]:
+    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]:
         """Return the direct children of these runs, by Prefect's own parent link."""
         found: list[FlowRun] = []
         for chunk in _chunks(parents, _PAGE):
-            below = FlowRunFilterParentFlowRunId(any_=chunk)
-            state = _LIVE if live_only else None
-            found += await self._read(FlowRunFilter(parent_flow_run_id=below, state=state))
+            below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=chunk))
+            found += await self._read(below)
         return found
 
     async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]:

@@ -90,9 +90,9 @@ class BulkCreation:
         for pause in _PAUSES:
             await anyio.sleep(pause)
             missing = [request for request in ready if request.idempotency_key not in found]
-            missing = [request for request in missing if request.begin()]
             if len(missing) < _FEW or not self._is_offered:
                 break
+            missing = [request for request in missing if request.begin()]
             # Read, not believed: where one of them fails for the database's sake, the whole
             # transaction is gone, whatever the answer says of the others.
             try:
@@ -174,7 +174,7 @@ def _is_sendable(request: RunRequest) -> bool:
     """Whether the parameters are JSON; otherwise one would fail all that are sent with it."""
     try:
         json.dumps(create_body(request), ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError):  # a lone surrogate, NaN, an object of any kind
+    except Exception:  # an object of any kind, a lone surrogate, a depth of hundreds
         return False
     return True
 

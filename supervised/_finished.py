@@ -134,11 +134,6 @@ class Finished:
         return UUID(bytes=self.numbers[:16])
 
     @property
-    def ended_at(self) -> datetime:
-        """When it ended."""
-        return datetime.fromtimestamp(_NUMBERS.unpack(self.numbers)[-1], timezone.utc)
-
-    @property
     def kind(self) -> Kind:
         """Where it ran."""
         return self.common.kind

@@ -41,30 +41,22 @@ class Pace:
         self._is_settled = False
 
     async def each(
-        self, items: Sequence[T], ask: Callable[[list[T]], Coroutine[Any, Any, bool]]
+        self, items: Sequence[T], ask: Callable[[list[T]], Coroutine[Any, Any, None]]
     ) -> None:
         """Call *ask* for all items, in chunks of 50.
 
         Args:
             items: What to ask for, the most important first.
-            ask: Makes one request, and tells whether it was done: how long a failure takes says
-                nothing. What it raises ends the whole.
+            ask: Makes one request. What it raises ends the whole.
         """
-        answers: list[bool] = []
-
-        async def note(chunk: list[T]) -> None:
-            answers.append(await ask(chunk))
-
         chunks = deque(list(items[start : start + CHUNK]) for start in range(0, len(items), CHUNK))
         while chunks:
             some = [chunks.popleft() for _ in range(min(self.width, len(chunks)))]
             began = _clock.monotonic()
-            answers.clear()
             async with anyio.create_task_group() as tasks:
                 for chunk in some:
-                    tasks.start_soon(note, chunk)
-            is_full = len(some) == self.width and all(len(chunk) == CHUNK for chunk in some)
-            if is_full and all(answers):
+                    tasks.start_soon(ask, chunk)
+            if len(some) == self.width and all(len(chunk) == CHUNK for chunk in some):
                 self.note(_clock.monotonic() - began)
 
     def note(self, seconds: float) -> None:

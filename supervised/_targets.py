@@ -32,7 +32,6 @@ class Target:
     state: State[Any] | None = None
     requested_at: datetime | None = None
     requested: float | None = None
-    nudged: float | None = None
     acknowledged_at: datetime | None = None
     terminal_at: datetime | None = None
     escalations: list[str] = attrs.field(factory=list)

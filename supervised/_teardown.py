@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -43,8 +42,6 @@ _READ_SECONDS_WITH_EVENTS = 2.0
 _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
 _LOOK_SECONDS = 0.05
-_SETTLED_SECONDS = 10.0  # after its end, a run's last requests have been answered
-_READING_SECONDS_EACH = 0.002
 _INLINE_SECONDS = 1.5
 _ENGINE_SECONDS = 1.0  # what an engine may need, on a busy server, to write how its run has ended
 _REQUEST_SECONDS = 8.0
@@ -123,7 +120,6 @@ class Teardown:
         self._targets = Targets()
         self._spared: set[UUID] = set()
         self._to_cut_loose: list[FlowRun] = []
-        self._settled: set[UUID] = set()  # children that were over when the tree was last searched
         self._gone: set[UUID] = set()  # deployed runs below that are over, and their processes too
         self._read_cost = 0.0
         self._read_at = _clock.monotonic()
@@ -212,8 +208,7 @@ class Teardown:
     @property
     def seconds_to_ask(self) -> float:
         """What a slow server needs to be asked for so many, on top of the grace."""
-        finished = sum(_READING_SECONDS_EACH for _ in self._finished())
-        return len(self._targets) * _ASKING_SECONDS_EACH + finished
+        return len(self._targets) * _ASKING_SECONDS_EACH
 
     @property
     def _left(self) -> float:
@@ -432,16 +427,14 @@ class Teardown:
 
     async def _discover_linked(self) -> None:
         over = self._over()
-        settled = self._over_for_long()
         frontier = {self._top, *over}
         frontier |= {t.run_id for t in self._targets if t.run_id is not None}
         frontier |= {child.flow_run_id for child in self._children() if child.flow_run_id}
         self._gone |= {run_id for run_id, kind in over.items() if kind == "deployment"}
         seen = set(frontier)
-        frontier -= self._settled
         depth = 1
         while frontier := {run_id for run_id in frontier if not self._is_left_alone(run_id)}:
-            found = await self._read_below(frontier)
+            found = await self._api.read_children(frontier)
             inline = [run for run in found if run.deployment_id is None and not is_over(run)]
             parents = await self._api.read_parents(inline) if inline else {}
             known = self._known_children()
@@ -455,26 +448,6 @@ class Teardown:
             frontier = {run.id for run in found} - seen
             seen |= frontier
             depth += 1
-        self._settled = settled
-
-    def _over_for_long(self) -> set[UUID]:
-        """Return the children below which nothing new can turn up once they have been searched."""
-        until = _clock.utc_now() - timedelta(seconds=_SETTLED_SECONDS)
-        found = {each.flow_run_id for each in self._finished() if each.ended_at < until}
-        for child in self._children():
-            if child.flow_run_id and child.ended_at and child.ended_at < until:
-                found.add(child.flow_run_id)
-        return found
-
-    async def _read_below(self, frontier: set[UUID]) -> list[FlowRun]:
-        """Read the children of these runs; of the top's own, once many are over, those that live.
-
-        A scope may have 100,000 that are over, which are 500 pages; the first search reads them.
-        """
-        if not self._settled or self._top not in frontier:
-            return await self._api.read_children(frontier)
-        live = await self._api.read_children([self._top], live_only=True)
-        return live + await self._api.read_children(frontier - {self._top})
 
     def _take_run(
         self,
@@ -552,23 +525,16 @@ class Teardown:
         await self._ask_server(remote)
 
     async def _ask_server(self, targets: list[Target]) -> None:
-        await self._api.pace.each(targets, self._ask_in_turn)
+        await self._api.pace.each(targets, self._ask_for_some)
 
-    async def _ask_in_turn(self, targets: list[Target]) -> bool:
-        """Make one request, and count from now on: the last of a thousand waits for its turn."""
-        for target in targets:
-            if "asked again" not in target.escalations:
-                target.requested = _clock.monotonic()
-        return await self._ask_for_some(targets)
-
-    async def _ask_for_some(self, targets: list[Target]) -> bool:
+    async def _ask_for_some(self, targets: list[Target]) -> None:
         """Make one request; what it cannot ask for is asked for again in the next round."""
         by_id = {t.run_id: t for t in targets}
         message = _identity.mark_message(f"Cancelled because {self._reason}", self._lineage.run_id)
         try:
             with anyio.fail_after(_REQUEST_SECONDS):
                 if await self._has_handed_over():
-                    return False
+                    return
             with anyio.fail_after(_REQUEST_SECONDS + len(by_id) * _ASKING_SECONDS_EACH):
                 acks = await self._api.request_cancel([i for i in by_id if i], message)
         except Exception as exc:
@@ -577,7 +543,7 @@ class Teardown:
                 target.requested = None
                 target.error = f"the request failed: {exc!r}"
             self._read_at = -math.inf  # but read before: somebody may have detached one since
-            return False
+            return
         if self._span is not None:
             self._span.step("requested", len(acks))
         for ack in acks:
@@ -589,7 +555,6 @@ class Teardown:
                 target.acknowledged_at = _clock.utc_now()
                 if target.child is not None:
                     target.child.mark_acknowledged()
-        return True
 
     async def _has_handed_over(self) -> bool:
         """Whether what runs elsewhere belongs to a later attempt of the scope's run."""
@@ -705,13 +670,9 @@ class Teardown:
         finish the run. If none does, there is no process.
         """
         assert target.run_id is not None
-        budget = self._budget
-        if waited > budget.nudge_after and await self._may(target, "nudged"):
-            target.nudged = _clock.monotonic()
+        if waited > self._budget.nudge_after and await self._may(target, "nudged"):
             await self._api.nudge(target.run_id)
-        told = _clock.monotonic() - target.nudged if target.nudged is not None else 0.0
-        is_ignored = waited > budget.close_after and told > budget.close_after - budget.nudge_after
-        if is_ignored and await self._may(target, "closed"):
+        if waited > self._budget.close_after and await self._may(target, "closed"):
             state = await self._api.close_run(target.run_id, "Cancelled before it had started.")
             if state is not None:
                 self._update(target, state)

@@ -16,7 +16,6 @@ from supervised._api import Ack
 from supervised._budget import RequestBudget
 from supervised._errors import DeploymentNotFoundError
 from supervised._pace import Pace
-from supervised._policy import is_over
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -255,11 +254,8 @@ class FakeOrchestrator:
     async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]:
         return await self.call(lambda: self._server.tagged(tag, live_only=live_only))
 
-    async def read_children(
-        self, parents: Iterable[UUID], *, live_only: bool = False
-    ) -> list[FlowRun]:
-        found = await self.call(lambda: self._server.children(parents))
-        return [run for run in found if not (live_only and is_over(run))]
+    async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]:
+        return await self.call(lambda: self._server.children(parents))
 
     async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]:
         def read() -> dict[UUID, UUID]:

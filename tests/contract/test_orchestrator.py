@@ -322,18 +322,6 @@ def test_of_many_runs_that_are_created_at_once_each_is_made_once_for_its_key(sta
     stage.act(test)
 
 
-def test_of_all_children_those_that_live_can_be_read_alone(stage):
-    async def test(stage):
-        parent = stage.new_parent()
-        over, live = [await a_child(stage, parent, key=key) for key in ("over", "live")]
-        await stage.api.close_run(over, "it never began")
-        found = await stage.api.read_children([parent], live_only=True)
-        assert [run.id for run in found] == [live]
-        assert len(await stage.api.read_children([parent])) == 2
-
-    stage.act(test)
-
-
 def test_a_run_that_is_not_linked_has_no_parent_though_its_neighbours_have(stage):
     async def test(stage):
         parent = stage.new_parent()

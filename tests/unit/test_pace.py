@@ -23,7 +23,7 @@ def clock(monkeypatch):
     return Clock
 
 
-def send(pace, count, seconds_of_round, clock, is_done=True):
+def send(pace, count, seconds_of_round, clock):
     """Send so many chunks to a server whose rounds take so long; return the rounds' widths."""
     widths, under_way = [], []
 
@@ -34,7 +34,6 @@ def send(pace, count, seconds_of_round, clock, is_done=True):
             widths.append(len(under_way))
             clock.now += seconds_of_round(len(under_way))
             under_way.clear()
-        return is_done
 
     asyncio.run(pace.each(range(count * CHUNK), ask))
     return widths
@@ -49,12 +48,6 @@ def test_writers_that_collide_are_let_through_one_at_a_time(clock):
 def test_a_server_that_does_several_at_once_is_sent_several(clock):
     pace = Pace()
     assert send(pace, 38, lambda width: 1.0, clock) == [1, 1, 2, 2, 4, 4, 8, 8, 8]
-
-
-def test_requests_that_fail_at_once_teach_nothing(clock):
-    pace = Pace()
-    assert send(pace, 20, lambda width: 0.001, clock, is_done=False) == [1] * 20
-    assert send(pace, 8, lambda width: width * 1.0, clock) == [1, 1, 2, 2, 1, 1]
 
 
 def test_it_stops_where_more_at_a_time_is_no_quicker(clock):
