@@ -12,7 +12,7 @@ from uuid import UUID
 
 import attrs
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from pydantic import BaseModel
+from prefect.results import ResultRecordMetadata
 
 from supervised._child import Child
 from supervised._policy import policy_of
@@ -29,8 +29,8 @@ class Common:
     Args:
         actions: What each cause of the parent's end meant to it.
         is_linked: Whether a tracking task run links its run to its parent.
-        model: What Prefect describes a persisted result with.
-        stored: That description as JSON, without what tells one result from another.
+        stored: What Prefect describes a persisted result with, as JSON and without what tells one
+            result from another; `None` if there is none.
     """
 
     kind: Kind
@@ -43,8 +43,7 @@ class Common:
     outcome: Outcome
     state_type: StateType
     state_name: str | None
-    model: type[BaseModel] | None
-    stored: str
+    stored: str | None
 
 
 _shared = functools.lru_cache(maxsize=4096)(Common)
@@ -91,10 +90,9 @@ class Finished:
             return None
         assert outcome is not None
         data = None if child.is_local else state.data
-        if not isinstance(data, (BaseModel, type(None))):
+        if not isinstance(data, (ResultRecordMetadata, type(None))):
             return None
-        fields = {} if data is None else data.model_dump(mode="json")
-        storage_key = fields.pop(_KEY, None)
+        stored = None if data is None else data.model_dump_json(exclude={_KEY})
         return cls(
             common=_shared(
                 kind=child.kind,
@@ -107,8 +105,7 @@ class Finished:
                 outcome=outcome,
                 state_type=state.type,
                 state_name=state.name,
-                model=None if data is None else type(data),
-                stored=json.dumps(fields),
+                stored=stored,
             ),
             name=child.name,
             key=child.key,
@@ -123,7 +120,7 @@ class Finished:
                 child.ended_at.timestamp(),
             ),
             message=None if state.message is None else sys.intern(state.message),
-            storage_key=storage_key,
+            storage_key=None if data is None else data.storage_key,
             value=child.local_value,
             exception=child.exception,
         )
@@ -191,16 +188,16 @@ class Finished:
         )
         return child
 
-    def _stored(self) -> BaseModel | None:
+    def _stored(self) -> ResultRecordMetadata | None:
         """Return what Prefect finds the persisted result with."""
-        if self.common.model is None:
+        if self.common.stored is None:
             return None
         fields = json.loads(self.common.stored)
-        return self.common.model.model_validate({**fields, _KEY: self.storage_key})
+        return ResultRecordMetadata.model_validate({**fields, _KEY: self.storage_key})
 
 
 _BY_ITSELF = {"completed", "failed", "crashed", "timed_out"}
-_KEY = "storage_key"  # of `ResultRecordMetadata`
+_KEY = "storage_key"
 _NUMBERS = struct.Struct("16s16s16sdd")
 
 

@@ -36,6 +36,7 @@ def run(state, *, work="score:1", spawn="another", inline=False, detached=False,
     labels = {WORK: work, SPAWN: spawn, **({DETACHED: True} if detached else {})}
     return FlowRun(
         flow_id=uuid4(),
+        name="run",
         deployment_id=None if inline else uuid4(),
         state=State(type=state, data=data),
         labels=labels,
