@@ -211,12 +211,18 @@ def _current(supervisor: Supervisor) -> Iterator[None]:
 
 
 def _needs_ending(supervisor: Supervisor, exc: BaseException) -> bool:
-    """Whether there is anything to end: a flow that launched nothing costs nothing."""
+    """Whether there is anything to end: a flow that launched nothing costs nothing.
+
+    One that a supervisor has launched has its own end to tell when it is cancelled: to leave that
+    to its runner kept its parent waiting for the runner's look, 3 s later.
+    """
     if not supervisor.is_own_process:
         return False
     if supervisor.is_engaged:
         return True
-    return supervisor.launched_plainly and classify(supervisor, exc) is not None
+    if supervisor.launched_plainly:
+        return classify(supervisor, exc) is not None
+    return supervisor.is_linked and classify(supervisor, exc) == "cancelled"
 
 
 def _swallowed(supervisor: Supervisor, exc: BaseException) -> BaseException:

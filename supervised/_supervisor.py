@@ -574,6 +574,11 @@ class Supervisor(Joiners):
         return self._span is not None
 
     @property
+    def is_linked(self) -> bool:
+        """Whether a supervisor elsewhere has launched this run, and waits for it."""
+        return self._link is not None
+
+    @property
     def launched_plainly(self) -> bool:
         """Whether the body called plain `run_deployment`, or a plain flow that may have."""
         deployments, flows = compat.plain_launches(self._context)
@@ -626,6 +631,9 @@ class Supervisor(Joiners):
             if self._teardown is not None and not self._is_outdated(self._teardown):
                 self._hurry(cause, reason)
                 return self._teardown
+            if self._has_nothing_to_end(reason):
+                self._ending = (cause, reason)
+                return _done()
             self._launches_seen = compat.plain_launches(self._context)
             self._ending = (cause, reason)
             self._tearing = None
@@ -637,6 +645,12 @@ class Supervisor(Joiners):
             if inner.is_engaged:
                 inner.begin_teardown("cancelled", reason)
         return self._teardown
+
+    def _has_nothing_to_end(self, reason: CancelReason) -> bool:
+        """Whether nothing was launched so far; then nothing can be spawned any more."""
+        if self.is_engaged or self.launched_plainly:
+            return False
+        return self._registry.ban_if_empty(describe_ban(reason))
 
     def _note_teardown(self, teardown: concurrent.futures.Future[None]) -> None:
         """Tell of a teardown that broke down, and of what it may have left alive."""
