@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import prefect
 from prefect.flow_engine import run_flow, run_flow_in_subprocess
+from prefect.results import (  # type: ignore[attr-defined,unused-ignore]
+    ResultRecordMetadata,  # pyright: ignore[reportPrivateImportUsage]  # moved in 3.9
+)
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ _RUNNER_FOLDER = str(Path(prefect.__file__).parent / "runner") + os.sep
 
 TRACEPARENT_LABEL = LABELS_TRACEPARENT_KEY
 """The label of a run in which Prefect keeps the W3C traceparent of its span."""
+
+ResultMetadata = ResultRecordMetadata
+"""What a state says of a persisted result."""
 
 RUN_DEPLOYMENT_TASK_KEY = "prefect.deployments.flow_runs.run_deployment."
 """What the tracking tasks of plain `run_deployment` calls start with (deployments/flow_runs.py)."""

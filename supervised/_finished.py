@@ -12,8 +12,8 @@ from uuid import UUID
 
 import attrs
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.results import ResultRecordMetadata
 
+from supervised import _compat as compat
 from supervised._child import Child
 from supervised._policy import policy_of
 from supervised._types import CAUSES
@@ -90,7 +90,7 @@ class Finished:
             return None
         assert outcome is not None
         data = None if child.is_local else state.data
-        if not isinstance(data, (ResultRecordMetadata, type(None))):
+        if not isinstance(data, (compat.ResultMetadata, type(None))):
             return None
         stored = None if data is None else data.model_dump_json(exclude={_KEY})
         return cls(
@@ -188,12 +188,12 @@ class Finished:
         )
         return child
 
-    def _stored(self) -> ResultRecordMetadata | None:
+    def _stored(self) -> compat.ResultMetadata | None:
         """Return what Prefect finds the persisted result with."""
         if self.common.stored is None:
             return None
         fields = json.loads(self.common.stored)
-        return ResultRecordMetadata.model_validate({**fields, _KEY: self.storage_key})
+        return compat.ResultMetadata.model_validate({**fields, _KEY: self.storage_key})
 
 
 _BY_ITSELF = {"completed", "failed", "crashed", "timed_out"}

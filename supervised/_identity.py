@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import attrs
-from prefect.utilities.hashing import hash_objects
 
+from supervised._canonical import digest
 from supervised._types import ACTIONS
 
 if TYPE_CHECKING:
@@ -168,9 +168,8 @@ def default_key(target: str, parameters: Mapping[str, Any], *, code: str = "") -
         parameters: What it is called with.
         code: What tells it from another target of that name.
     """
-    # Sorted, because what has no JSON form is hashed as a pickle, in the order of the dict.
-    digest = hash_objects(target, code, dict(sorted(parameters.items())), raise_on_failure=False)
-    return f"{target}:{digest[:12] if digest else _UNHASHABLE}"
+    found = digest(target, code, dict(parameters))
+    return f"{target}:{found[:12] if found else _UNHASHABLE}"
 
 
 def is_comparable(work: str) -> bool:

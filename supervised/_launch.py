@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import UUID, uuid4
 
@@ -25,6 +26,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, w
 from supervised import _clock, _identity
 from supervised import _compat as compat
 from supervised._api import Deployment, Orchestrator, RunRequest
+from supervised._canonical import closure, digest
 from supervised._errors import (
     DeploymentPausedError,
     InvalidTargetError,
@@ -137,7 +139,10 @@ def code_of(target: Flow[..., Any] | str | UUID) -> str:
     """Return what tells two flows of one name apart; nothing for deployments."""
     if not isinstance(target, Flow):
         return ""
-    return f"{target.fn.__module__}.{target.fn.__qualname__}"
+    fn = inspect.unwrap(target.fn)
+    name = f"{fn.__module__}.{fn.__qualname__}"
+    made_by = closure(fn) if isinstance(fn, FunctionType) else ()
+    return f"{name}:{digest(*made_by)}" if made_by else name
 
 
 def check_options(target: str, options: SpawnOptions) -> None:
@@ -414,6 +419,8 @@ class Launcher:
             SpawnError: If it could not be ended.
         """
         met = meet(run, spec)
+        if met == "take" and spec.reuse == "completed" and not await _has_result(run, spec):
+            return False
         if met == "end":
             await self._require_current()
         if met == "end" and not await self._end_run(run):
@@ -478,6 +485,20 @@ def meet(run: FlowRun, spec: LaunchSpec) -> Literal["take", "end", "pass"]:
     if is_same and not state.is_cancelling():
         return "take"
     return "pass" if is_detached else "end"
+
+
+async def _has_result(run: FlowRun, spec: LaunchSpec) -> bool:
+    """Whether what the run of an earlier attempt has returned can be had here, if it has ended."""
+    if run.labels.get(_identity.SPAWN) == spec.id or run.state is None:
+        return True
+    if not run.state.is_completed() or run.state.data is None:
+        return True
+    try:
+        await run.state.aresult(raise_on_failure=False)
+    except Exception as exc:
+        logger.warning("The result of run %r (%s) is gone: %r", run.name, run.id, exc)
+        return False
+    return True
 
 
 def _generation(run: FlowRun) -> int:

@@ -115,7 +115,7 @@ class Lifecycle:
         self._launcher: _launch.Launcher | None = None
         self._last_words: dict[str, concurrent.futures.Future[None]] = {}  # of detached children
         self._specs: dict[str, _launch.LaunchSpec] = {}
-        self._timed: set[str] = set()  # those whose deadlines are armed
+        self._timers: dict[str, asyncio.TimerHandle] = {}  # of the runs whose time is limited
         self._closed = anyio.Event()
         # Of nine writes at once SQLite refused six, and each was repeated 2 to 4 s later.
         self._cutting = anyio.Lock()
@@ -274,17 +274,21 @@ class Lifecycle:
             self._arm_deadline(child, 0.0 if is_new else await _age(services.api, run))
 
     def _arm_deadline(self, child: Child[Any], age: float = 0.0) -> None:
-        if child.timeout_seconds is None or child.key in self._timed:
+        if child.timeout_seconds is None:
             return
-        self._timed.add(child.key)
         message = f"its deadline of {child.timeout_seconds:g} s was exceeded"
         reason = CancelReason(source="deadline", message=message)
-        timer = asyncio.get_running_loop().call_later(
+        self._disarm_deadline(child)
+        self._timers[child.key] = asyncio.get_running_loop().call_later(
             max(0.0, child.timeout_seconds - age), self.cancel, child, reason
         )
         plane = self._plane
         assert plane is not None
-        child.when_over(lambda: plane.call_soon(timer.cancel))
+        child.when_over(lambda: plane.call_soon(lambda: self._disarm_deadline(child)))
+
+    def _disarm_deadline(self, child: Child[Any]) -> None:
+        if (timer := self._timers.pop(child.key, None)) is not None:
+            timer.cancel()
 
     def adopt(self, child: Child[Any], run_id: UUID) -> None:
         """Take over a run that others have launched; a failure becomes the child's outcome."""
@@ -386,7 +390,7 @@ class Lifecycle:
             return
         for child in list(begun.members):
             await self._end_attempt(services, child, begun.ends[child.key])
-        delay = begun.restart.delay(begun.number)
+        delay = self._delay_of(begun)
         self._logger.warning(
             "Restarting %s in %.3g s: child %r %s (%d of %d within %g s)",
             ", ".join(repr(child.name) for child in begun.members),
@@ -404,6 +408,16 @@ class Lifecycle:
                 self._begin_again(child)
             elif not child.is_over:
                 child.settle("cancelled")  # by somebody who came in between
+
+    def _delay_of(self, begun: Round) -> float:
+        """Return the seconds of backoff; a function of the user's that fails delays nothing."""
+        try:
+            return begun.restart.delay(begun.number)
+        except Exception:
+            self._logger.exception(
+                "The backoff for child %r cannot be told; restarting it at once", begun.culprit.name
+            )
+            return 0.0
 
     def _begin_again(self, child: Child[Any]) -> None:
         try:
@@ -425,8 +439,9 @@ class Lifecycle:
             )
         if child.flow_run_id is not None:
             services.watcher.unwatch(child.flow_run_id)
+        self._disarm_deadline(child)  # the next one's run has its own
         cause = LEAVING.get(end.outcome)
-        if not child.is_local and cause is not None and child.cancel_reason is None:
+        if child.kind != "inline" and cause is not None and child.cancel_reason is None:
             await self._reap_below(services, child, cause)
 
     def _give_up_restart(self, begun: Round, future: concurrent.futures.Future[None]) -> None:
@@ -563,11 +578,12 @@ class Lifecycle:
     ) -> concurrent.futures.Future[None] | None:
         """Begin to end what a child may have left behind, if a teardown of ours does not."""
         cause = LEAVING.get(child.outcome) if child.outcome is not None else None
-        if child.is_local or cause is None:
+        if child.kind == "inline" or cause is None:
             return None
         if self._scope.is_torn_down or self._plane is None:
             return None
-        if child.flow_run is None and child.attempt.was_requested and spec is not None:
+        is_unanswered = child.flow_run is None and child.attempt.was_requested
+        if is_unanswered and spec is not None and not child.is_local:
             return self._plane.submit(lambda services: self._end_unanswered(services, child, spec))
         if child.flow_run is not None and child.cancel_reason is None:
             reap = functools.partial(self._reap_below, child=child, cause=cause)

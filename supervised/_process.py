@@ -24,12 +24,12 @@ import attrs
 import cloudpickle  # type: ignore[import-untyped]
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext, serialize_context
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import ParameterTypeError, TerminationSignal
 from prefect.states import Cancelled
 
 from supervised import _compat as compat
 from supervised._control import wait_in_slices
-from supervised._errors import SpawnError
+from supervised._errors import ParametersError, SpawnError
 from supervised._inline import run_cancellation_hooks, run_hooks, uncancel
 from supervised._log import get_logger
 from supervised._policy import outcome_of
@@ -105,7 +105,7 @@ class ProcessRun:
         self._folder = Path(tempfile.mkdtemp(prefix="supervised-process-"))
         self._process: multiprocessing.process.BaseProcess | None = None
         self._lock = threading.Lock()
-        self._is_stopped = False
+        self._is_stopped = self._is_signalled = False
         self._kill_at: float | None = None
         self._attempt = child.attempt
         self._attempt.interrupt = self.interrupt
@@ -121,22 +121,29 @@ class ProcessRun:
 
     def interrupt(self, *, hard: bool = False) -> None:
         """Send the process SIGTERM, once; *hard*, SIGKILL. It is killed when the grace runs out."""
-        reason = self._child.cancel_reason
+        self._is_stopped = True
+        if self._process is not None:  # else who starts it looks, which may take seconds
+            self._stop(self._process, hard=hard)
+
+    def _stop(self, process: multiprocessing.process.BaseProcess, *, hard: bool = False) -> None:
         with self._lock:
-            is_first, self._is_stopped = not self._is_stopped, True
-            if self._process is None or not self._process.is_alive():
+            is_first, self._is_signalled = not self._is_signalled, True
+            if not process.is_alive():
                 return
             if hard:
-                self._process.kill()
+                process.kill()
             elif is_first:
                 with suppress(OSError):
+                    reason = self._child.cancel_reason
                     (self._folder / _REASON).write_text(str(reason or ""))
-                self._process.terminate()
+                process.terminate()
                 self._kill_at = time.monotonic() + self._grace_seconds * _TERM_SHARE
 
     def _own_process(self) -> None:
         try:
             end = self._run_to_its_end()
+        except SpawnError as exc:
+            end = Exit(None, exception=exc)
         except Exception as exc:
             failure = SpawnError(
                 f"Child {self._child.name!r} could not be given a process: {exc!r}. What goes in "
@@ -190,17 +197,35 @@ class ProcessRun:
         return self._read_exit(process.exitcode)
 
     def _begin(self) -> multiprocessing.process.BaseProcess | None:
-        with self._lock:
-            if self._is_stopped:
-                return None
-            self._process = compat.run_flow_in_process(
-                self._prepared(),
-                self._run,
-                self._parameters,
-                context=serialize_context(),
-                env={"PREFECT__FLOW_RUN_ID": str(self._run.id)},
-            )
-            return self._process
+        if self._is_stopped:
+            return None
+        self._validate()
+        process = self._process = compat.run_flow_in_process(
+            self._prepared(),
+            self._run,
+            self._parameters,
+            context=serialize_context(),
+            env={"PREFECT__FLOW_RUN_ID": str(self._run.id)},
+        )
+        if self._is_stopped:
+            self._stop(process)
+        return process
+
+    def _validate(self) -> None:
+        """Refuse parameters of a wrong type here, where that can be told from the flow's failure.
+
+        Raises:
+            ParametersError: If the flow's types refuse them.
+        """
+        if not self._flow.should_validate_parameters:
+            return
+        try:
+            self._flow.validate_parameters(dict(self._parameters))
+        except ParameterTypeError as exc:
+            raise ParametersError(
+                f"Parameters {sorted(self._parameters)} do not fit flow {self._flow.name!r}: {exc}",
+                child=self._child.name,
+            ) from exc
 
     def _prepared(self) -> Flow[..., Any]:
         """Return a copy of the flow whose function works with this side."""
@@ -247,7 +272,7 @@ class _Body:
 
         @functools.wraps(fn)
         def body(*args: Any, **kwargs: Any) -> Any:
-            self._watch_parent()
+            self._begin()
             try:
                 value = fn(*args, **kwargs)
                 is_state = isinstance(value, State)
@@ -268,7 +293,7 @@ class _Body:
 
         @functools.wraps(fn)
         async def body(*args: Any, **kwargs: Any) -> Any:
-            self._watch_parent()
+            self._begin()
             try:
                 value = await fn(*args, **kwargs)
                 is_state = isinstance(value, State)
@@ -325,7 +350,9 @@ class _Body:
     def _cancelled_state(self) -> State[Any]:
         return Cancelled(message=self._message())
 
-    def _watch_parent(self) -> None:
+    def _begin(self) -> None:
+        with suppress(OSError):  # of a try that the engine has repeated
+            (Path(self.folder) / _RESULT).unlink(missing_ok=True)
         threading.Thread(target=self._end_with_parent, daemon=True).start()
 
     def _end_with_parent(self) -> None:

@@ -45,7 +45,7 @@ def _check_backoff(_: object, __: object, value: Any) -> None:
     if callable(value):
         return
     delays = value if isinstance(value, Sequence) else (value,)
-    if not delays or isinstance(value, str):
+    if not delays or isinstance(value, (str, bytes)) or None in delays:
         raise ValueError(f"backoff must be seconds, a list of seconds or a function; got {value!r}")
     for delay in delays:
         check_seconds("backoff", delay)

@@ -24,14 +24,17 @@ from supervised._context import current_child, current_supervisor, ended_supervi
 from supervised._control import SLICE_SECONDS, wait_in_slices
 from supervised._errors import (
     ChildCancelled,
+    ChildError,
     ScopeClosedError,
     TeardownError,
 )
+from supervised._launch import SUPERSEDED
 from supervised._policy import HARD_CAUSES, parent_reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 
+    from supervised._child import Child
     from supervised._supervisor import Supervisor
     from supervised._types import Cause
 
@@ -498,6 +501,9 @@ class _Verdict:
 
 def _judge(leaving: _Exit, result: Any) -> _Verdict:
     supervisor, exc = leaving.supervisor, leaving.exc
+    if supervisor.own.is_superseded:
+        # Its run belongs to the later attempt: a state, or a retry, would end or fence off that.
+        return _Verdict(exc=Abort(f"The end of this attempt counts no more: {SUPERSEDED}"))
     if (message := _cancellation(leaving)) is not None:
         return _Verdict(cancelled=message + _unverified(supervisor))
     if _is_interrupt(exc) and not _answers_interrupt(leaving):
@@ -576,7 +582,11 @@ def _answers_interrupt(leaving: _Exit) -> bool:
 
 def _errors(supervisor: Supervisor, exc: BaseException | None) -> list[Exception]:
     """Return what the scope has to raise, the body's own exception first."""
-    errors = [child.error(child.exception) for child in supervisor.failures if not child.delivered]
+    errors = [
+        child.error(child.exception)
+        for child in supervisor.failures
+        if not child.delivered or (child.used_up_restarts and not _tells_of(exc, child))
+    ]
     raised: list[Exception] = [error for error in errors if isinstance(error, Exception)]
     lost = [race.error() for race in supervisor.lost_races]
     raised += [error for error in lost if isinstance(error, Exception)]
@@ -587,6 +597,13 @@ def _errors(supervisor: Supervisor, exc: BaseException | None) -> list[Exception
     if isinstance(exc, Exception) and not (has_failed and _is_consequence(exc)):
         raised.insert(0, exc)
     return raised
+
+
+def _tells_of(exc: BaseException | None, child: Child[Any]) -> bool:
+    """Whether the body's exception, or one in its group, says how a child ended."""
+    if isinstance(exc, ExceptionGroup):
+        return any(_tells_of(each, child) for each in exc.exceptions)  # type: ignore[attr-defined,unused-ignore]
+    return isinstance(exc, ChildError) and exc.flow_run_id == child.flow_run_id
 
 
 def _is_consequence(exc: Exception) -> bool:

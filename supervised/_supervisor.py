@@ -321,7 +321,9 @@ class Supervisor(Joiners):
                 home_loop=self._loop_of(checked) if kind == "inline" else None,
             )
 
-        work = _identity.default_key(label, given, code=_launch.code_of(checked))
+        # Of what was passed: as JSON, a set has the order in which it happens to come.
+        code = _launch.code_of(checked)
+        work = _identity.default_key(label, parameters or {}, code=code)
         child, is_new = self._registry.admit(key=options.get("key"), work=work, make=make)
         if is_new:
             spec = _launch.LaunchSpec(

@@ -1,0 +1,122 @@
+"""Telling whether two values are the same, across processes: a digest of what they consist of.
+
+JSON alone takes different values for the same (`1` and `"1"` as keys, tuples and lists, everything
+that hides its value), and the same for different ones (a set, in whatever order it comes); pickles
+depend on the order and the identity of what is in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from datetime import date, time, timedelta
+from decimal import Decimal
+from pathlib import PurePath
+from types import CellType, FunctionType, ModuleType
+from typing import Any
+from uuid import UUID
+
+import attrs
+from prefect.utilities.hashing import hash_objects
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr
+
+_PLAIN = (int, float, complex, str, bytes, Decimal, UUID, date, time, timedelta, PurePath)
+
+
+def digest(*values: Any) -> str | None:
+    """Return what is the same for equal values of equal types, in whatever process.
+
+    What is neither a plain value, a container, nor a model or class of fields counts by its pickle.
+
+    Returns:
+        A hexadecimal digest; `None` if a value cannot be compared.
+    """
+    try:
+        text = json.dumps(_parts(values))
+    except Exception:  # what a user's class does when it is looked at, too deep nesting
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def closure(fn: FunctionType) -> tuple[Any, ...]:
+    """Return what tells a function from another one that the same code has made.
+
+    Only what cannot change: a function that counts its calls is the same before and after.
+    """
+    return tuple(_unchanging(cell) for cell in fn.__closure__ or ())
+
+
+def _unchanging(cell: CellType) -> Any:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+    if value is None or isinstance(value, (*_PLAIN, enum.Enum)):
+        return value
+    if isinstance(value, (FunctionType, type, ModuleType)):
+        return getattr(value, "__qualname__", value.__name__)
+    return _name(value)
+
+
+def _parts(value: Any) -> Any:
+    """Return a value as JSON that only equal values of equal types have."""
+    if value is None or isinstance(value, bool):
+        return value
+    return [_name(value), _content(value)]
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, (Secret, SecretStr, SecretBytes)):
+        return _parts(value.get_secret_value())
+    if (fields := _fields(value)) is not None:
+        return {name: _parts(field) for name, field in sorted(fields.items())}
+    return _items(value)
+
+
+def _items(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return sorted((_pair(item) for item in value.items()), key=json.dumps)
+    if isinstance(value, AbstractSet):
+        return sorted((_parts(each) for each in value), key=json.dumps)
+    if isinstance(value, Sequence) and not isinstance(value, memoryview):
+        return [_parts(each) for each in value]
+    return _pickled(value)
+
+
+def _pair(item: tuple[Any, Any]) -> list[Any]:
+    return [_parts(item[0]), _parts(item[1])]
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """Return the fields of a model, a dataclass or an attrs class; `None` if it is none."""
+    if isinstance(value, type):
+        return None
+    if isinstance(value, BaseModel):
+        return {**value.__dict__, **(value.model_extra or {})}
+    names: list[str] = []
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+    elif attrs.has(type(value)):
+        names = [field.name for field in attrs.fields(type(value))]
+    else:
+        return None
+    return {name: getattr(value, name, None) for name in names}
+
+
+def _pickled(value: Any) -> str:
+    hashed = hash_objects(value, raise_on_failure=True)
+    assert hashed is not None
+    return hashed
+
+
+def _name(value: Any) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
