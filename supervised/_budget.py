@@ -29,6 +29,7 @@ logger = get_logger("prefect.supervised.budget")
 
 _BURST_SECONDS = 10.0  # what was not used in so many seconds may be used at once
 _REFUSED = {429, 503}
+_MOST_PAUSED_SECONDS = 60.0  # who asks for more is asked again then
 
 
 class Priority(IntEnum):
@@ -93,6 +94,7 @@ class RequestBudget:
 
     def pause(self, seconds: float) -> None:
         """Let nothing through for some time."""
+        seconds = min(seconds, _MOST_PAUSED_SECONDS)
         self._paused_until = max(self._paused_until, _clock.monotonic() + seconds)
 
     async def take(self) -> None:

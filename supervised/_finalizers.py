@@ -42,7 +42,8 @@ class Finalizer:
     @property
     def name(self) -> str:
         """The callback's name, for people."""
-        return getattr(self.callback, "__name__", None) or repr(self.callback)
+        own = getattr(self.callback, "__name__", None)
+        return own if isinstance(own, str) else type(self.callback).__qualname__
 
     async def run(self) -> BaseException | None:
         """Call the callback in a thread of its own, an async one in a loop of its own.
@@ -133,14 +134,24 @@ class Finalizers:
             except TimeoutError:
                 errors.append(f"{finalizer.name}: not done within the grace of {seconds:g} s")
                 continue
+            except RuntimeError as could_not_start:  # no thread can be had
+                exc = could_not_start
             if exc is not None:
                 logger.debug("Finalizer %s failed", finalizer.name, exc_info=exc)
-                errors.append(f"{finalizer.name}: {type(exc).__name__}: {exc}")
+                errors.append(f"{finalizer.name}: {type(exc).__name__}: {_text(exc)}")
         return errors
 
     def _pop(self) -> Finalizer | None:
         with self._lock:
             return self._stack.pop() if self._stack else None
+
+
+def _text(exc: BaseException) -> str:
+    """Return what an exception says; one that cannot say it must not end the teardown."""
+    try:
+        return str(exc)
+    except Exception:
+        return "(it has no text)"
 
 
 async def _awaited(awaitable: Awaitable[object]) -> None:

@@ -14,7 +14,7 @@ from typing_extensions import ParamSpec
 from supervised import _compat, _scope
 from supervised._context import current_supervisor
 from supervised._hooks import HOOK_OPTIONS, normalise_hook, normalise_hooks
-from supervised._policy import check_limit, check_seconds, resolve_on_parent
+from supervised._policy import check_budget, check_limit, check_seconds, resolve_on_parent
 from supervised._reap import end_what_is_left
 from supervised._restart import Restart, check_restart
 from supervised._supervisor import Supervisor
@@ -270,7 +270,7 @@ def _scope_options(
     budget = check_limit("requests_per_minute", requests_per_minute)
     deadline = check_seconds("deadline_seconds", deadline_seconds)
     lease = check_seconds("lease_seconds", lease_seconds, least=1.0)
-    return ScopeOptions(
+    options = ScopeOptions(
         grace_seconds=base.grace_seconds if grace is None else grace,
         on_parent=resolve_on_parent(on_parent, base.on_parent),
         on_child_failure=on_child_failure or base.on_child_failure,
@@ -280,6 +280,8 @@ def _scope_options(
         deadline_seconds=base.deadline_seconds if deadline is None else deadline,
         requests_per_minute=base.requests_per_minute if budget is None else budget,
     )
+    check_budget(options.requests_per_minute, options.lease_seconds)
+    return options
 
 
 class SupervisedFlowDecorator:

@@ -181,7 +181,10 @@ def check_tags(target: str, tags: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(tags, str) or not isinstance(tags or (), Iterable):
         kind = type(tags).__name__
         raise SpawnError(f"tags must be a list of strings; got {kind} {tags!r}", child=target)
-    return tuple(tags or ())
+    given = tuple(tags or ())
+    if others := [tag for tag in given if not isinstance(tag, str)]:
+        raise SpawnError(f"tags must be a list of strings; got {others[0]!r} in it", child=target)
+    return given
 
 
 def freeze_parameters(
@@ -238,6 +241,7 @@ class Launcher:
         options: Those of its scope.
         is_superseded: Tells whether a later attempt of the run has begun.
         end_run: Ends a run with everything below it; returns whether it is over.
+        seconds_left: Tells how long the scope has, if that is limited.
         call_soon: Calls something in the control plane's loop, from any thread.
     """
 
@@ -250,6 +254,7 @@ class Launcher:
         options: ScopeOptions,
         is_superseded: Callable[[], Awaitable[bool]],
         end_run: Callable[[FlowRun], Awaitable[bool]],
+        seconds_left: Callable[[], float | None],
         call_soon: Callable[[Callable[[], object]], object],
     ) -> None:
         self._api = api
@@ -259,6 +264,8 @@ class Launcher:
         self._options = options
         self._is_superseded = is_superseded
         self._end_run = end_run
+        self._seconds_left = seconds_left
+        self._above: set[UUID] | None = None
         self._slots = Slots(options.max_concurrent)
         self._earlier: dict[str, FlowRun] | None = None
         self._reading_earlier = anyio.Lock()
@@ -325,10 +332,16 @@ class Launcher:
         return run
 
     async def _read_to_adopt(self, run_id: UUID) -> FlowRun:
-        (run,) = await self._api.read_runs([run_id]) or (None,)
+        found = {run.id: run for run in await self._api.read_runs([run_id, self._run.id])}
+        run, own = found.get(run_id), found.get(self._run.id, self._run)
         if run is None:
             raise RunNotFoundError(
                 f"There is no flow run {run_id} to adopt. List runs with: prefect flow-run ls"
+            )
+        if run_id in await self.runs_above() or _identity.keeper_of(own) == run_id:
+            raise InvalidTargetError(
+                f"Flow run {run.name!r} ({run_id}) is above this one, and waits for it: it cannot "
+                "be its child as well."
             )
         keeper = _identity.keeper_of(run)
         if keeper not in {None, self._run.id} and await self._lives(keeper):
@@ -337,6 +350,18 @@ class Launcher:
                 "it. Detach it there first."
             )
         return run
+
+    async def runs_above(self) -> set[UUID]:
+        """Return the runs above this one, plain ones included, as Prefect links them; read once."""
+        if self._above is None:
+            seen: set[UUID] = set()
+            run: FlowRun | None = self._run
+            while run is not None and run.id not in seen:
+                seen.add(run.id)
+                parent = (await self._api.read_parents([run])).get(run.id)
+                (run,) = (await self._api.read_runs([parent]) if parent else ()) or (None,)
+            self._above = {*seen, *self._lineage.path} - {self._run.id}
+        return self._above
 
     async def _lives(self, run_id: UUID | None) -> bool:
         runs = await self._api.read_runs([run_id]) if run_id is not None else []
@@ -351,6 +376,9 @@ class Launcher:
             lease_seconds=self._options.lease_seconds,
         )
         labels.setdefault(_identity.DETACHED, False)
+        if (left := self._seconds_left()) is not None and child.on_parent["timed_out"] == "cancel":
+            # Who inherits it subtracts the time since its run was created.
+            labels[_identity.DEADLINE_SECONDS] = round(left + await age_of(self._api, run), 3)
         tags = dict.fromkeys([*run.tags, _identity.COMMON_TAG, self._lineage.tag])
         # Labels first: what carries the tag alone is nobody's.
         await self._api.label_for_good(run.id, {**labels, _identity.ADOPTED: str(run.id)})
@@ -499,6 +527,12 @@ async def _has_result(run: FlowRun, spec: LaunchSpec) -> bool:
         logger.warning("The result of run %r (%s) is gone: %r", run.name, run.id, exc)
         return False
     return True
+
+
+async def age_of(api: Orchestrator, run: FlowRun) -> float:
+    """Return the seconds since a run was created, by the server's clock."""
+    now = await patiently(api.server_time)
+    return max(0.0, (now - run.created).total_seconds()) if now and run.created else 0.0
 
 
 def _generation(run: FlowRun) -> int:

@@ -88,6 +88,9 @@ class Scope(Protocol):
     def is_torn_down(self) -> bool: ...
 
     @property
+    def seconds_left(self) -> float | None: ...
+
+    @property
     def plane(self) -> Plane[Services] | None: ...
 
     def engage(self) -> tuple[Plane[Services], _telemetry.SupervisorSpan]: ...
@@ -261,6 +264,7 @@ class Lifecycle:
                 options=self._scope.options,
                 is_superseded=functools.partial(self._scope.check_superseded, services),
                 end_run=functools.partial(self._end_earlier, services),
+                seconds_left=lambda: self._scope.seconds_left,
                 call_soon=self._plane.call_soon,
             )
         return self._launcher
@@ -271,7 +275,7 @@ class Lifecycle:
         """Arm the child's deadline; a run that an earlier attempt launched has used some of it."""
         if child.timeout_seconds is not None:
             is_new = run.labels.get(_identity.SPAWN) == spec.id
-            self._arm_deadline(child, 0.0 if is_new else await _age(services.api, run))
+            self._arm_deadline(child, 0.0 if is_new else await _launch.age_of(services.api, run))
 
     def _arm_deadline(self, child: Child[Any], age: float = 0.0) -> None:
         if child.timeout_seconds is None:
@@ -313,6 +317,9 @@ class Lifecycle:
             run = await self._launcher_with(services).adopt(child, run_id)
         if run is None:
             return
+        if child.is_over and child.outcome != "detached" and not is_over(run):
+            await self._end_late(services, child, run)
+            return
         services.watcher.watch(child)
         services.watcher.apply(run)
         self._logger.info("Adopted flow run %s (%s)", run.id, child.url or run.name)
@@ -328,7 +335,7 @@ class Lifecycle:
         """Say it once if every child waits for a slot that those hold who wait for it."""
         while not await self.wait_for_close(_STALL_SECONDS):
             try:
-                stall = await self._find_stall(services.api)
+                stall = await self._find_stall(services)
             except Exception:
                 self._logger.debug("Could not look for what the children wait for", exc_info=True)
                 continue
@@ -336,7 +343,8 @@ class Lifecycle:
                 self._logger.warning("%s", stall)
                 return
 
-    async def _find_stall(self, api: Orchestrator) -> Stall | None:
+    async def _find_stall(self, services: Services) -> Stall | None:
+        api = services.api
         live = [child for child in self._registry.live() if not child.attempt.is_queued]
         ids = [child.flow_run_id for child in live if child.flow_run_id is not None]
         if not ids or len(ids) < len(live) or not all(child.waits_for_a_slot for child in live):
@@ -349,7 +357,8 @@ class Lifecycle:
                 return None
         lineage = self._scope.lineage
         of_tree = await api.read_tagged(lineage.tag, live_only=True)
-        holders = {run.id: run for run in [*await api.read_runs(lineage.path), *of_tree]}
+        above = {*lineage.path, *await self._launcher_with(services).runs_above()}
+        holders = {run.id: run for run in [*await api.read_runs(above), *of_tree]}
         at_work = [run for run in holders.values() if run.state and not run.state.is_scheduled()]
         limits: dict[object, Sequence[Limit]] = {}
         for run in runs:
@@ -632,12 +641,6 @@ def _settle_failed(
         child.settle("cancelled", of=attempt)
     elif (exc := future.exception()) is not None:
         child.settle("failed", exception=exc, of=attempt)
-
-
-async def _age(api: Orchestrator, run: FlowRun) -> float:
-    """Return the seconds since a run was created, by the server's clock."""
-    now = await _launch.patiently(api.server_time)
-    return max(0.0, (now - run.created).total_seconds()) if now and run.created else 0.0
 
 
 async def _until_over(api: Orchestrator, run_id: UUID) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -23,7 +24,7 @@ from supervised._types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from prefect.client.schemas.objects import FlowRun, State
 
@@ -35,6 +36,9 @@ _SOURCES: Mapping[Cause, Source] = {
     "cancelled": "parent_cancelled",
     "crashed": "parent_crashed",
 }
+LEASE_REQUESTS = 4
+"""Requests that there must be in the term of a lease: its renewals share them with the rest."""
+
 HARD_CAUSES: tuple[Cause, ...] = ("cancelled", "crashed")
 """Ends after which the process may be killed, so that waiting must have a bound."""
 
@@ -57,6 +61,10 @@ def resolve_on_parent(
     """
     if value is None:
         return default
+    if not isinstance(value, (str, Mapping)):
+        raise ValueError(  # noqa: TRY004 - as for any other value that is not understood
+            f"on_parent: {value!r} is neither an action nor a mapping from causes to actions"
+        )
     given: Mapping[Cause, Action] = (
         dict.fromkeys(CAUSES, value) if isinstance(value, str) else value
     )
@@ -108,6 +116,22 @@ def check_limit(name: str, value: int | None) -> int | None:
     if value is not None and not (is_whole and value >= 1):
         raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}")
     return value
+
+
+def check_budget(requests_per_minute: int | None, lease_seconds: float) -> None:
+    """Refuse a budget of requests with which a run could not give its signs of life in time.
+
+    Raises:
+        ValueError: If it is so small.
+    """
+    if requests_per_minute is None or requests_per_minute * lease_seconds >= 60 * LEASE_REQUESTS:
+        return
+    least = math.ceil(60 * LEASE_REQUESTS / requests_per_minute)
+    raise ValueError(
+        f"requests_per_minute={requests_per_minute} leaves fewer than {LEASE_REQUESTS} requests in "
+        f"lease_seconds={lease_seconds:g}, so that children elsewhere would take this run for "
+        f"dead; give it lease_seconds={least} or more."
+    )
 
 
 def check_choice(name: str, value: T, known: Sequence[T]) -> T:

@@ -19,6 +19,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import anyio
 import attrs
 from prefect.client.schemas.objects import FlowRun, TaskRunResult
 from prefect.context import FlowRunContext, TaskRunContext
@@ -143,6 +144,7 @@ class Supervisor(Joiners):
         )
         self._link = Link(self._run, self._on_lost) if self._is_launched_child else None
         self._lease: LeaseHolder | None = None
+        self._leasing = anyio.Lock()
         self.failures: list[Child[Any]] = []
         self._pool = SlotPool()
         self._finalizers = Finalizers()
@@ -376,8 +378,8 @@ class Supervisor(Joiners):
             target: The run, its id, or a future of it.
             name: Name of the child; the run's id by default.
             key: Identity of the work within this run; made from the run's id by default.
-            timeout_seconds: Seconds from now after which the child is cancelled with outcome
-                *timed_out*; `None` for no limit.
+            timeout_seconds: Seconds from its adoption after which the child is cancelled with
+                outcome *timed_out*; `None` for no limit.
             on_parent: What the end of this run does to the child; see `spawn`.
 
         Returns:
@@ -386,8 +388,10 @@ class Supervisor(Joiners):
 
         Raises:
             InvalidTargetError: If *target* is none of these, or the run is this one, or above it.
+                One that only the server knows to be above it is the child's outcome.
             DuplicateKeyError: If *key* stands for other work already.
             ScopeClosedError: If the scope is over or being torn down.
+            SpawnError: If *name* or *key* is not a string.
             ValueError: If *timeout_seconds* is negative or *on_parent* is not understood.
 
         Example:
@@ -400,6 +404,7 @@ class Supervisor(Joiners):
         run_id = _launch.check_run(target)
         if run_id in self.lineage.path:
             raise InvalidTargetError(f"Run {run_id} cannot adopt itself, or a run above it.")
+        _launch.check_options(str(run_id), SpawnOptions(name=name, key=key))
         check_seconds("timeout_seconds", timeout_seconds)
         policy = resolve_on_parent(on_parent, self.options.on_parent)
 
@@ -931,11 +936,13 @@ class Supervisor(Joiners):
         """Give signs of life to children elsewhere, from now to the end of the scope."""
         if self.outer is not None and not self.outer._closed:
             await self.outer.hold_lease(services)
-        elif self._lease is None and self._plane is not None:
-            self._lease = LeaseHolder(services.api, self._run, self.options.lease_seconds)
-            await self._lease.renew()
-            lease = self._lease
-            self._plane.submit(lambda _: lease.hold())
+            return
+        async with self._leasing:  # in turn: who came first is launched first
+            if self._lease is None and self._plane is not None:
+                lease = LeaseHolder(services.api, self._run, self.options.lease_seconds)
+                await lease.renew()
+                self._lease = lease
+                self._plane.submit(lambda _: lease.hold())
 
     def _drop_lease(self) -> None:
         if self._lease is not None:

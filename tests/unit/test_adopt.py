@@ -39,7 +39,7 @@ def adopted(prefect, flow="keeper/test"):
     run = prefect.start("score/gpu")
     prefect.until(lambda: run.state.is_running())
     root = prefect.start(flow, {"run_id": str(run.id)})
-    prefect.until(lambda: _identity.ADOPTED in run.flow_run.labels)
+    prefect.until(lambda: _identity.COMMON_TAG in run.flow_run.tags)  # after the labels
     return run, root
 
 

@@ -93,7 +93,7 @@ def test_a_slow_server_does_not_let_a_replaced_attempt_go_on(what):
 def test_a_small_budget_does_not_let_a_replaced_attempt_launch():
     go = []
 
-    @supervised_flow(requests_per_minute=6)
+    @supervised_flow(requests_per_minute=6, lease_seconds=40)
     async def root():
         supervisor.spawn("score/gpu", key="first")
         while not go:

@@ -207,3 +207,15 @@ def test_none_is_taken_once_the_scope_is_torn_down():
         prefect.start(root)
         prefect.until(lambda: not prefect.alive)
     assert refused
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def test_one_whose_error_has_no_text_does_not_end_the_teardown():
+    def stop():
+        raise Mute
+
+    assert run(added(stop), 10) == ["stop: Mute: (it has no text)"]
