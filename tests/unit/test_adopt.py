@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.futures import PrefectFlowRunFuture
-from prefect.states import Running
+from prefect.states import Running, Scheduled
 
 from supervised import (
     DuplicateKeyError,
@@ -264,3 +264,66 @@ def test_it_is_not_adopted_under_two_keys_at_once():
         prefect.start(greedy, {"run_id": str(run.id)})
         prefect.until(lambda: not prefect.alive, within=600)
     assert refused == ["done"]
+
+
+def test_the_plain_run_that_called_it_is_above_a_run():
+    ended = []
+
+    @supervised_flow(on_child_failure="ignore")
+    async def inner(run_id):
+        child = supervisor.adopt(UUID(run_id))
+        await child.wait_async()
+        ended.append(child.exception)
+
+    with world() as prefect:
+        caller = prefect.start("score/gpu")
+        prefect.until(lambda: caller.state.is_running())
+        prefect.deploy("inner/test", inner)
+        tracking = prefect.server.track(uuid4(), caller.id, "inner-0")
+        deployment = prefect.server.find_deployment("inner/test")
+        prefect.server.create(
+            "inner",
+            state=Scheduled(),
+            deployment_id=deployment.id,
+            parent_task_run_id=tracking,
+            parameters={"run_id": str(caller.id)},
+        )
+        prefect.until(lambda: ended, within=60)
+        assert isinstance(ended[0], InvalidTargetError)
+        assert "above this one" in str(ended[0])
+        assert _identity.ADOPTED not in caller.flow_run.labels
+
+
+def test_of_two_that_adopt_each_other_the_second_is_refused():
+    found = []
+
+    @supervised_flow(on_child_failure="ignore")
+    async def one():
+        await asyncio.sleep(30)
+        child = supervisor.adopt(second.id)
+        await child.wait_async()
+        found.append(type(child.exception))
+
+    with world() as prefect:
+        prefect.deploy("one/test", one)
+        first = prefect.start("one/test")
+        prefect.until(lambda: first.state.is_running())
+        second = prefect.start("keeper/test", {"run_id": str(first.id)})
+        prefect.until(lambda: not prefect.alive, within=90)
+        assert found == [InvalidTargetError]
+        assert second.state.is_completed()
+
+
+@pytest.mark.parametrize("option", [{"key": ""}, {"key": 5}, {"name": 5}, {"name": ""}])
+def test_a_name_or_key_that_is_none_is_refused_at_the_call(option):
+    refused = []
+
+    @supervised_flow
+    async def root():
+        with pytest.raises(SpawnError):
+            supervisor.adopt(uuid4(), **option)
+        refused.append(option)
+
+    with world() as prefect:
+        prefect.start(root)
+        prefect.until(lambda: refused)

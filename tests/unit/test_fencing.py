@@ -237,3 +237,38 @@ def test_children_that_ask_together_share_a_failure_that_took_a_minute():
         assert prefect.seconds - began < 70
     assert [type(answer) for answer in answers] == [ConnectionError] * 6
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize("ends", ["raises", "returns"])
+def test_the_end_of_a_replaced_attempt_is_nothing_to_the_run_and_its_children(ends):
+    """Its state would end the children of the later attempt, which watch the run."""
+    attempts = []
+
+    @supervised_flow
+    async def child():
+        await asyncio.sleep(200)
+
+    @supervised_flow
+    async def root():
+        attempts.append(len(attempts) + 1)
+        mine = attempts[-1]
+        the_one = supervisor.spawn("child/test", key="the one")
+        await asyncio.sleep(60)
+        if mine == 1 and ends == "raises":
+            await supervisor.spawn("child/test", key="another")
+        if mine == 2:
+            await the_one
+
+    with world() as prefect:
+        prefect.deploy("root/test", root, runner="root")
+        prefect.deploy("child/test", child)
+        run = prefect.start("root/test")
+        prefect.until(lambda: run.below and run.below[0].state.is_running())
+        lose_runner(prefect, run, "root")
+        prefect.until(lambda: len(attempts) == 2, within=60)
+        prefect.advance(90)
+        assert run.state.is_running()
+        assert [each.state.name for each in run.below] == ["Running"]
+        prefect.until(lambda: not prefect.alive, within=300)
+        assert run.state.is_completed()
+        assert run.below[0].state.is_completed()

@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import State, StateType
 from supervised._policy import (
     Budget,
     breaks_scope,
+    check_budget,
     check_seconds,
     outcome_of,
     parent_reason,
@@ -190,3 +191,23 @@ def test_values_are_frozen():
 
 def test_the_default_policy_is_what_resolving_a_full_copy_of_it_gives():
     assert resolve_on_parent(dict(DEFAULT_ON_PARENT)) == DEFAULT_ON_PARENT
+
+
+@pytest.mark.parametrize(("budget", "lease"), [(None, 1.0), (8, 30.0), (240, 1.0), (4, 60.0)])
+def test_a_budget_that_leaves_room_for_signs_of_life_is_taken(budget, lease):
+    check_budget(budget, lease)
+
+
+@pytest.mark.parametrize(
+    ("budget", "lease", "needed"), [(7, 30.0, 35), (60, 1.0, 4), (1, 30.0, 240)]
+)
+def test_a_budget_that_leaves_none_is_refused_with_a_lease_that_would_do(budget, lease, needed):
+    with pytest.raises(ValueError, match=f"lease_seconds={needed} or more"):
+        check_budget(budget, lease)
+    check_budget(budget, needed)
+
+
+@pytest.mark.parametrize("value", [5, ["wait"], 1.5])
+def test_what_is_no_policy_at_all_is_refused(value):
+    with pytest.raises(ValueError, match="neither an action nor a mapping"):
+        resolve_on_parent(value)

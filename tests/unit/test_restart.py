@@ -74,6 +74,9 @@ def test_how_long_a_restart_waits(backoff, delays):
         {"backoff": []},
         {"backoff": [1, -1]},
         {"backoff": "1"},
+        {"backoff": b"1"},
+        {"backoff": None},
+        {"backoff": [1, None]},
         {"strategy": "one_for_none"},
     ],
 )
@@ -657,3 +660,61 @@ def test_two_that_fail_shortly_after_one_another_are_both_restarted():
         prefect.advance(5)
         one["b"].kill()
         prefect.until(lambda: run.state.is_completed(), within=600)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_one_restart_too_many_is_the_scopes_failure_though_the_body_has_caught_it(gathered):
+    @supervised_flow
+    async def root():
+        child = supervisor.spawn("score/gpu", restart=Restart(max=0))
+        if gathered:
+            await supervisor.gather(child, return_exceptions=True)
+            return
+        with pytest.raises(ChildCrashed):
+            await child
+
+    with FakePrefect() as prefect:
+        prefect.deploy("root/test", root, runner="root")
+        prefect.deploy("score/gpu", takes=60)
+        run = prefect.start("root/test")
+        prefect.until(lambda: run.below and run.below[0].state.is_running())
+        run.below[0].kill()
+        prefect.until(lambda: not prefect.alive)
+        assert run.state.is_failed()
+        assert "1 failure(s)" in run.state.message
+
+
+def test_the_time_of_a_restarted_child_is_that_of_its_present_run():
+    @supervised_flow
+    async def root():
+        return await supervisor.spawn("score/gpu", restart=Restart(), timeout_seconds=60)
+
+    with FakePrefect() as prefect:
+        prefect.deploy("root/test", root, runner="root")
+        prefect.deploy("score/gpu", takes=40, returns="done")
+        run = prefect.start("root/test")
+        prefect.until(lambda: run.below and run.below[0].state.is_running())
+        prefect.advance(30)
+        run.below[0].kill()
+        prefect.until(lambda: not prefect.alive)
+        assert run.state.is_completed()
+        assert names(run.below) == [0, 1]
+
+
+def test_a_backoff_that_cannot_be_told_delays_nothing_and_hides_nothing():
+    def backoff(number):
+        raise KeyError(number)
+
+    @supervised_flow
+    async def root():
+        child = supervisor.spawn("score/gpu", restart=Restart(backoff=backoff))
+        assert await child == "done"
+
+    with FakePrefect() as prefect:
+        prefect.deploy("root/test", root, runner="root")
+        prefect.deploy("score/gpu", takes=40, returns="done")
+        run = prefect.start("root/test")
+        prefect.until(lambda: run.below and run.below[0].state.is_running())
+        run.below[0].kill()
+        prefect.until(lambda: not prefect.alive)
+        assert run.state.is_completed()
