@@ -31,6 +31,8 @@ from stage import (
 
 from supervised import supervised_flow, supervisor
 
+_BETWEEN_SECONDS = 0.4
+
 
 def main() -> int:
     options = arguments()
@@ -72,10 +74,12 @@ async def plain(children: int, minutes: float) -> dict[str, Any]:
 
     @flow
     async def parent() -> dict[str, Any]:
-        waiting = [
-            asyncio.create_task(arun_deployment(DEPLOYMENT, parameters={"part": part}))
-            for part in range(children)
-        ]
+        waiting = []
+        for part in range(children):  # at once, on SQLite, some of them would fail
+            waiting.append(
+                asyncio.create_task(arun_deployment(DEPLOYMENT, parameters={"part": part}))
+            )
+            await asyncio.sleep(_BETWEEN_SECONDS)
         counted = await count(children, minutes)
         await asyncio.gather(*waiting)
         return counted

@@ -7,6 +7,7 @@ Every call raises `httpx.TransportError` if the server cannot be reached.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -67,6 +68,7 @@ LIVE_STATES = [
 ]
 _PAGE = 200  # the server's maximum for reads
 _LABEL_ATTEMPTS = 5
+_UNAUTHORIZED = 401
 _DEPLOYMENT_SECONDS = 10.0  # after which somebody may have paused it, or served another version
 
 
@@ -378,7 +380,8 @@ class PrefectOrchestrator:
         """Return the runs of these ids that the server knows."""
         found: list[FlowRun] = []
         for chunk in _chunks(run_ids, _PAGE):
-            found += await self._read(FlowRunFilter(id=FlowRunFilterId(any_=chunk)))
+            chosen = FlowRunFilter(id=FlowRunFilterId(any_=chunk))
+            found += await self._read(chosen, at_most=len(chunk))
         return found
 
     async def read_tagged(self, tag: str, *, live_only: bool) -> list[FlowRun]:
@@ -407,18 +410,29 @@ class PrefectOrchestrator:
             owners |= {task.id: task.flow_run_id for task in tasks if task.flow_run_id}
         return {run: owners[task] for run, task in tracked.items() if task in owners}
 
-    async def _read(self, run_filter: FlowRunFilter) -> list[FlowRun]:
-        found: list[FlowRun] = []
+    async def _read(self, run_filter: FlowRunFilter, *, at_most: float = math.inf) -> list[FlowRun]:
+        """Read all pages of what a filter chooses.
+
+        Runs leave a filter for live ones while its pages are read, and all that come after them
+        move up. So every page begins with a run that is known; one that does not is read again
+        from further up.
+        """
+        found: dict[UUID, FlowRun] = {}
+        offset = 0
         while True:
             page = await self._client.read_flow_runs(
                 flow_run_filter=run_filter,
                 sort=FlowRunSort.ID_DESC,
                 limit=_PAGE,
-                offset=len(found),
+                offset=offset,
             )
-            found += page
-            if len(page) < _PAGE:
-                return found
+            if offset and (not page or page[0].id not in found):
+                offset = max(0, offset - _PAGE + 1)
+                continue
+            found.update((run.id, run) for run in page)
+            if len(page) < _PAGE or len(found) >= at_most:
+                return list(found.values())
+            offset += _PAGE - 1
 
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]:
         """Propose `Cancelling` to many runs, 50 a request.
@@ -443,11 +457,27 @@ class PrefectOrchestrator:
                 response = await self._client.request("POST", _BULK_ROUTE, json=body)
             except PrefectHTTPStatusError as exc:
                 if exc.response.status_code not in {403, 404, 405, 501}:
-                    raise
+                    return await self._cancel_halves(run_ids, message, exc)
                 self._bulk = False  # before 3.6.16, or not offered here
             else:
                 return _read_acks(run_ids, response.json()["results"])
         return [await self._cancel_one(run_id, state) for run_id in run_ids]
+
+    async def _cancel_halves(
+        self, run_ids: list[UUID], message: str, exc: PrefectHTTPStatusError
+    ) -> list[Ack]:
+        """Ask for all but those that the server fails at: one run must not keep 49 others alive.
+
+        Raises:
+            PrefectHTTPStatusError: If it is not for a run's sake that the server refuses.
+        """
+        if exc.response.status_code in {_UNAUTHORIZED, 429, 503}:
+            raise exc
+        if len(run_ids) == 1:
+            return [Ack(run_ids[0], None, _detail(exc))]
+        middle = len(run_ids) // 2
+        first = await self._cancel_chunk(run_ids[:middle], message)
+        return first + await self._cancel_chunk(run_ids[middle:], message)
 
     async def _cancel_one(self, run_id: UUID, state: StateCreate) -> Ack:
         proposed = State(type=StateType.CANCELLING, name="Cancelling", message=state.message)
@@ -455,6 +485,10 @@ class PrefectOrchestrator:
             answer = await self._client.set_flow_run_state(run_id, proposed)
         except ObjectNotFound:
             return Ack(run_id, None, "the server no longer knows the run")
+        except PrefectHTTPStatusError as exc:
+            if exc.response.status_code == _UNAUTHORIZED:
+                raise
+            return Ack(run_id, None, _detail(exc))
         if answer.state is not None:
             return Ack(run_id, answer.state)
         # An abort carries no state: the run is over, or refuses; a read tells which.

@@ -59,6 +59,7 @@ class Batches(Generic[T, R]):
         if self._sender is not None:
             self._sender.cancel()
             await asyncio.wait([self._sender])
+            self._give_up()  # a task that is cancelled before it began has no `finally`
 
     async def _send_all(self) -> None:
         try:
@@ -66,10 +67,13 @@ class Batches(Generic[T, R]):
             while self._waiting:
                 await self._send_some()
         finally:
-            self._sender = None
-            for _, answer in [entry for queue in self._waiting.values() for entry in queue]:
-                answer.cancel()
-            self._waiting.clear()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._sender = None
+        for _, answer in [entry for queue in self._waiting.values() for entry in queue]:
+            answer.cancel()
+        self._waiting.clear()
 
     async def _send_some(self) -> None:
         """Send what waits of the kind that came first, as much as one request may carry."""

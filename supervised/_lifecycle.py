@@ -20,6 +20,7 @@ from prefect.flows import Flow
 from prefect.states import Cancelled, Crashed
 
 from supervised import _clock, _identity, _launch, _telemetry
+from supervised._batch import Batches
 from supervised._budget import Priority, priority
 from supervised._inline import InlineRun
 from supervised._log import run_logger
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 0.5
 _STALL_SECONDS = 20.0
+_LOOK_AT_ONCE = 200
 
 
 @attrs.frozen
@@ -123,6 +125,7 @@ class Lifecycle:
         # Of nine writes at once SQLite refused six, and each was repeated 2 to 4 s later.
         self._cutting = anyio.Lock()
         self._restarts = Restarts(registry, scope.options.restart)
+        self._bereaved: Batches[UUID, bool] | None = None  # whose descendants are looked for
 
     @property
     def _logger(self) -> Any:
@@ -602,6 +605,12 @@ class Lifecycle:
     async def _reap_below(self, services: Services, child: Child[Any], cause: Cause) -> None:
         """End what a child launched that ended badly: it may have died before it could."""
         assert child.flow_run is not None
+        if self._bereaved is None:
+            look = functools.partial(self._which_left_something, services.api)
+            self._bereaved = Batches(look, limit=_LOOK_AT_ONCE)
+        # Hundreds may end together: one look at all of them instead of a search for each.
+        if not await self._bereaved.submit(None, child.flow_run.id):
+            return
         report = await reap_below(
             services.api,
             self._scope.lineage.nested(child.flow_run.id),
@@ -612,6 +621,20 @@ class Lifecycle:
         )
         if report is not None and report.receipts:
             self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
+
+    async def _which_left_something(
+        self, api: Orchestrator, run_ids: Sequence[UUID]
+    ) -> list[bool | Exception]:
+        """Tell of each of these runs whether it may have left anything alive; if in doubt, yes."""
+        try:
+            found = await api.read_children(run_ids)
+            parents = set((await api.read_parents(found)).values()) if found else set()
+            tagged = await api.read_tagged(self._scope.lineage.tag, live_only=True)
+        except Exception:
+            self._logger.debug("Could not look below children that have ended", exc_info=True)
+            return [True] * len(run_ids)
+        above = {run_id for run in tagged for run_id in _identity.path_of(run.labels)}
+        return [run_id in parents or run_id in above for run_id in run_ids]
 
     async def _end_unanswered(
         self, services: Services, child: Child[Any], spec: _launch.LaunchSpec

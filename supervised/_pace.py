@@ -41,22 +41,28 @@ class Pace:
         self._is_settled = False
 
     async def each(
-        self, items: Sequence[T], ask: Callable[[list[T]], Coroutine[Any, Any, None]]
+        self, items: Sequence[T], ask: Callable[[list[T]], Coroutine[Any, Any, bool]]
     ) -> None:
         """Call *ask* for all items, in chunks of 50.
 
         Args:
             items: What to ask for, the most important first.
-            ask: Makes one request. What it raises ends the whole.
+            ask: Makes one request; tells whether it was answered, as failures are quick and say
+                nothing of the server's pace. What it raises ends the whole.
         """
         chunks = deque(list(items[start : start + CHUNK]) for start in range(0, len(items), CHUNK))
         while chunks:
             some = [chunks.popleft() for _ in range(min(self.width, len(chunks)))]
+            answered: list[bool] = []
+
+            async def ask_one(chunk: list[T], answered: list[bool] = answered) -> None:
+                answered.append(await ask(chunk) and len(chunk) == CHUNK)
+
             began = _clock.monotonic()
             async with anyio.create_task_group() as tasks:
                 for chunk in some:
-                    tasks.start_soon(ask, chunk)
-            if len(some) == self.width and all(len(chunk) == CHUNK for chunk in some):
+                    tasks.start_soon(ask_one, chunk)
+            if len(some) == self.width and all(answered):
                 self.note(_clock.monotonic() - began)
 
     def note(self, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -39,6 +40,8 @@ class Target:
     found: float = attrs.field(factory=_clock.monotonic)
     above: frozenset[UUID] = frozenset()  # its labels say it, or it is one of these
     was_read: bool = False  # since it was asked: what is known from before proves nothing
+    ask_after: float = -math.inf  # when to ask again: the server could not do it
+    missed: int = 0  # reads in a row that did not find it
 
     @property
     def run_id(self) -> UUID | None:
@@ -49,6 +52,14 @@ class Target:
         if self.attempt is not None and (self.attempt.is_over or self.is_local):
             return self.attempt.is_over
         return self.state is not None and self.state.is_final()
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether somebody has deleted its run, so that nothing will tell of its end.
+
+        A child of ours is told of that by the watcher.
+        """
+        return self.child is None and self.missed > 1
 
     @property
     def is_local(self) -> bool:

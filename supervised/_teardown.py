@@ -46,7 +46,9 @@ _INLINE_SECONDS = 1.5
 _ENGINE_SECONDS = 1.0  # what an engine may need, on a busy server, to write how its run has ended
 _REQUEST_SECONDS = 8.0
 _FOREIGN_SECONDS = 2.0
+_ASK_AGAIN_SECONDS = 1.0
 _ASKING_SECONDS = 5.0
+_SEARCHING_SECONDS_EACH = 0.003  # of those that are over: a page of 200 takes 0.3 s
 _ASKING_SECONDS_EACH = 0.1  # four times what SQLite needs to cancel a run on two busy cores
 
 
@@ -128,7 +130,7 @@ class Teardown:
         self._is_waiting = False
         self._bound: anyio.CancelScope | None = None
         self._asking: anyio.CancelScope | None = None
-        self._extra = 0.0
+        self._extra = self._seconds_to_search = 0.0
         self._started = _clock.monotonic()
         self._started_at = _clock.utc_now()
 
@@ -143,6 +145,7 @@ class Teardown:
 
     async def run(self) -> TeardownReport:
         """Tear down, and return what became of every run."""
+        self._seconds_to_search = sum(_SEARCHING_SECONDS_EACH for _ in self._finished())
         with anyio.CancelScope() as self._asking:
             await self._ask()  # whatever the grace: it is for waiting
         self._asking = None
@@ -207,8 +210,8 @@ class Teardown:
 
     @property
     def seconds_to_ask(self) -> float:
-        """What a slow server needs to be asked for so many, on top of the grace."""
-        return len(self._targets) * _ASKING_SECONDS_EACH
+        """What a slow server needs to be searched and asked for so many, on top of the grace."""
+        return len(self._targets) * _ASKING_SECONDS_EACH + self._seconds_to_search
 
     @property
     def _left(self) -> float:
@@ -289,7 +292,8 @@ class Teardown:
             await self._verify(targets)
 
     def _live(self) -> list[Target]:
-        return [t for t in self._targets if not t.is_over and not self._is_foreign(t)]
+        open_ends = (t for t in self._targets if not t.is_over and not t.is_deleted)
+        return [t for t in open_ends if not self._is_foreign(t)]
 
     def _pending(self) -> list[Target]:
         """Return what has to end within the budget."""
@@ -511,7 +515,12 @@ class Teardown:
         for target in self._targets:
             if target.run is None and target.new_run is not None:
                 self._targets.set_run(target, target.new_run, target.new_run.state)
-        fresh = [t for t in self._pending() if t.action == "cancel" and t.requested is None]
+        now = _clock.monotonic()
+        fresh = [
+            t
+            for t in self._pending()
+            if t.action == "cancel" and t.requested is None and now >= t.ask_after
+        ]
         for target in fresh:
             if target.child is not None:
                 target.child.mark_cancel(self._reason)
@@ -527,14 +536,18 @@ class Teardown:
     async def _ask_server(self, targets: list[Target]) -> None:
         await self._api.pace.each(targets, self._ask_for_some)
 
-    async def _ask_for_some(self, targets: list[Target]) -> None:
-        """Make one request; what it cannot ask for is asked for again in the next round."""
+    async def _ask_for_some(self, targets: list[Target]) -> bool:
+        """Make one request; what it cannot ask for is asked for again in a later round.
+
+        Returns:
+            Whether it was answered.
+        """
         by_id = {t.run_id: t for t in targets}
         message = _identity.mark_message(f"Cancelled because {self._reason}", self._lineage.run_id)
         try:
             with anyio.fail_after(_REQUEST_SECONDS):
                 if await self._has_handed_over():
-                    return
+                    return False
             with anyio.fail_after(_REQUEST_SECONDS + len(by_id) * _ASKING_SECONDS_EACH):
                 acks = await self._api.request_cancel([i for i in by_id if i], message)
         except Exception as exc:
@@ -543,7 +556,7 @@ class Teardown:
                 target.requested = None
                 target.error = f"the request failed: {exc!r}"
             self._read_at = -math.inf  # but read before: somebody may have detached one since
-            return
+            return False
         if self._span is not None:
             self._span.step("requested", len(acks))
         for ack in acks:
@@ -551,10 +564,14 @@ class Teardown:
             target.error = "" if ack.accepted else ack.detail
             if ack.state is not None:
                 self._update(target, ack.state)
+            else:  # SQLite was locked, say
+                target.requested = None
+                target.ask_after = _clock.monotonic() + _ASK_AGAIN_SECONDS
             if ack.accepted and target.acknowledged_at is None:
                 target.acknowledged_at = _clock.utc_now()
                 if target.child is not None:
                     target.child.mark_acknowledged()
+        return True
 
     async def _has_handed_over(self) -> bool:
         """Whether what runs elsewhere belongs to a later attempt of the scope's run."""
@@ -581,6 +598,7 @@ class Teardown:
             logger.debug("Could not read the tree; trying again", exc_info=True)
             return
         self._read_cost = _clock.monotonic() - began
+        self._miss(targets, {run.id for run in runs})
         for run in runs:
             self._watcher.apply(run, at_once=True)
             if run.labels.get(_identity.DETACHED):
@@ -590,6 +608,16 @@ class Teardown:
                 target.run = run
                 target.was_read |= target.requested is not None
                 self._update(target, run.state)
+
+    def _miss(self, targets: list[Target], found: set[UUID]) -> None:
+        """Take note of runs that the server does not know any more."""
+        for target in targets:
+            if target.run_id is None or target.run_id in found:
+                target.missed = 0
+                continue
+            target.missed += 1
+            target.error = "its run was deleted from the server"
+            self._watcher.hint(target.run_id)
 
     def _update(self, target: Target, state: State[Any]) -> None:
         target.state = state

@@ -44,6 +44,7 @@ _POLLS = 3  # of which the quickest counts: one may have waited for a server tha
 _POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02
 _RECONNECT_SECONDS = 2.0
+_REOPEN_SECONDS = 0.25  # scopes that begin together share one stream, not one each after the other
 _CRASH_SECONDS = 3.0  # in which whoever reschedules a crashed run has done so
 _NEW = {StateType.SCHEDULED, StateType.PENDING}
 _TERMINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
@@ -211,8 +212,10 @@ class Watcher:
                 self._resubscribe = anyio.Event()
             self._resubscribe = anyio.Event()
             async with anyio.create_task_group() as tasks:
+                due = _clock.monotonic() + _REOPEN_SECONDS
                 tasks.start_soon(self._stream, list(self._resources), tasks.cancel_scope)
                 await self._resubscribe.wait()
+                await anyio.sleep(max(0.0, due - _clock.monotonic()))
                 tasks.cancel_scope.cancel()
 
     async def _stream(self, resources: list[str], scope: anyio.CancelScope) -> None:

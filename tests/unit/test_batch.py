@@ -159,3 +159,18 @@ def test_closing_cancels_who_waits_and_sends_nothing_more(acting):
         assert server.requests == [[1]]
 
     acting(test)
+
+
+def test_who_waits_when_it_is_closed_at_once_is_cancelled_and_so_is_nobody_after():
+    async def run():
+        batches = Batches(Server().send, limit=3)
+        answer = asyncio.ensure_future(batches.submit("a", 1))
+        asyncio.get_running_loop().call_soon(lambda: None)
+        await asyncio.sleep(0)
+        await batches.close()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(answer, 5)
+        assert await asyncio.wait_for(batches.submit("a", 2), 5) == "<2>"
+        await batches.close()
+
+    asyncio.run(run())

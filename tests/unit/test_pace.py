@@ -34,6 +34,7 @@ def send(pace, count, seconds_of_round, clock):
             widths.append(len(under_way))
             clock.now += seconds_of_round(len(under_way))
             under_way.clear()
+        return True
 
     asyncio.run(pace.each(range(count * CHUNK), ask))
     return widths
@@ -73,9 +74,22 @@ def test_a_round_that_is_not_full_proves_nothing(clock):
 
     async def ask(chunk):
         clock.now += 1.0
+        return True
 
     asyncio.run(pace.each(range(CHUNK - 1), ask))
     assert pace.width == 1
+
+
+def test_a_request_that_failed_proves_nothing_however_quick_it_was(clock):
+    pace = Pace()
+
+    async def refuse(chunk):
+        clock.now += 0.01
+        return False
+
+    asyncio.run(pace.each(range(8 * CHUNK), refuse))
+    assert pace.width == 1
+    assert send(pace, 6, lambda width: 1.0, clock) == [1, 1, 2, 2]
 
 
 @given(st.integers(0, 20 * CHUNK), st.lists(st.floats(0.001, 10), min_size=1, max_size=40))
@@ -86,6 +100,7 @@ def test_everything_is_asked_for_once_and_in_order_of_importance(count, seconds)
     async def ask(chunk):
         asked.append(chunk)
         pace.note(seconds[len(asked) % len(seconds)])
+        return True
 
     asyncio.run(pace.each(range(count), ask))
     assert [item for chunk in asked for item in chunk] == list(range(count))
