@@ -6,21 +6,26 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import anyio
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Sequence
+
+    from anyio.abc import TaskGroup
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_AT_ONCE = 2  # while one answer is being read, the server has something to do
 _COLLECT_SECONDS = 0.01  # in which a loop that spawns has spawned dozens
 
 
 class Batches(Generic[T, R]):
     """Collects items while a request is under way, and sends them all with the next one.
 
-    One alone waits for next to nothing, and a thousand make a few requests, one after another,
-    instead of a thousand connections. Lives in one event loop; there is a task only while there
-    is something to send.
+    One alone waits for next to nothing, and a thousand make a few requests, two of them under way
+    at a time, instead of a thousand connections. Lives in one event loop; there is a task only
+    while there is something to send.
 
     Args:
         send: Makes one request for items of one kind. Returns what each has led to, in their
@@ -65,7 +70,8 @@ class Batches(Generic[T, R]):
         try:
             await asyncio.sleep(_COLLECT_SECONDS)
             while self._waiting:
-                await self._send_some()
+                async with anyio.create_task_group() as tasks:
+                    await self._send_some(tasks)
         finally:
             self._give_up()
 
@@ -75,8 +81,25 @@ class Batches(Generic[T, R]):
             answer.cancel()
         self._waiting.clear()
 
-    async def _send_some(self) -> None:
-        """Send what waits of the kind that came first, as much as one request may carry."""
+    async def _send_some(self, tasks: TaskGroup) -> None:
+        """Send what waits; what comes meanwhile, too."""
+        free = anyio.Semaphore(_AT_ONCE)
+        while self._waiting:
+            await free.acquire()
+            if self._waiting:
+                tasks.start_soon(self._send_batch, self._next_batch(), free)
+
+    async def _send_batch(
+        self, batch: list[tuple[T, asyncio.Future[R]]], free: anyio.Semaphore
+    ) -> None:
+        try:
+            if batch:
+                await self._answer(batch)
+        finally:
+            free.release()
+
+    def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
+        """Take what waits of the kind that came first, as much as one request may carry."""
         kind, queue = next(iter(self._waiting.items()))
         batch: list[tuple[T, asyncio.Future[R]]] = []
         while queue and len(batch) < self._limit:
@@ -86,8 +109,7 @@ class Batches(Generic[T, R]):
         del self._waiting[kind]
         if queue:
             self._waiting[kind] = queue  # the other kinds have their turn first
-        if batch:
-            await self._answer(batch)
+        return batch
 
     async def _answer(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         answers = [answer for _, answer in batch]

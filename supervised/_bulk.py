@@ -44,7 +44,7 @@ _PAUSES = (0.0, 0.2, 0.5)  # before each attempt: on SQLite a writer in between 
 _RECORDED_SECONDS = 3.0
 _RECORDED_SECONDS_EACH = 0.05  # a busy server needs 20 ms
 _LOOK_SECONDS = 0.05
-_LOOK_SECONDS_EACH = 0.004
+_LOOK_SECONDS_EACH = 0.002
 _RECOVERY_SECONDS = 60.0  # for a server that does not record events, or is far behind
 _MISSING = {403, 404, 405, 501}
 
@@ -64,6 +64,7 @@ class BulkCreation:
     _one_write: anyio.CapacityLimiter
     _read_runs: Callable[[Iterable[UUID]], Awaitable[list[FlowRun]]]
     _tracking_task: Callable[[Deployment], Task[..., Any]]
+    _turn: anyio.Lock = attrs.field(factory=anyio.Lock, init=False)
     _is_offered: bool = True
     _events_again: float = -math.inf
 
@@ -79,29 +80,33 @@ class BulkCreation:
         if len(requests) < _FEW or not self._is_offered:
             return {}
         requests = [each for each in requests if each.is_wanted() and _is_sendable(each)]
-        linked = [request for request in requests if request.is_linked]
-        tracked = await self._track(deployment, linked)
-        ready = [
-            request
-            for request in requests
-            if not request.is_linked or request.tracking_id in tracked
-        ]
         found: dict[str, FlowRun] = {}
+        missing: Sequence[RunRequest] | None = None
         for pause in _PAUSES:
             await anyio.sleep(pause)
-            missing = [request for request in ready if request.idempotency_key not in found]
-            if len(missing) < _FEW or not self._is_offered:
-                break
-            missing = [request for request in missing if request.begin()]
+            async with self._turn:  # until it has been answered; reading it may overlap
+                if missing is None:
+                    missing = await self._tracked(deployment, requests)
+                if len(missing) < _FEW or not self._is_offered:
+                    break
+                missing = [request for request in missing if request.begin()]
+                made = await self._create(deployment, missing)
             # Read, not believed: where one of them fails for the database's sake, the whole
             # transaction is gone, whatever the answer says of the others.
             try:
-                made = await self._read_runs(await self._create(deployment, missing))
+                found |= {str(run.idempotency_key): run for run in await self._read_runs(made)}
             except PrefectHTTPStatusError:
                 logger.debug("Reading what was created failed", exc_info=True)
                 break
-            found |= {str(run.idempotency_key): run for run in made}
+            missing = [request for request in missing if request.idempotency_key not in found]
         return found
+
+    async def _tracked(
+        self, deployment: Deployment, requests: Sequence[RunRequest]
+    ) -> Sequence[RunRequest]:
+        """Return those requests whose runs can be created: those that need one have a task run."""
+        tracked = await self._track(deployment, [each for each in requests if each.is_linked])
+        return [each for each in requests if not each.is_linked or each.tracking_id in tracked]
 
     async def _create(self, deployment: Deployment, requests: Sequence[RunRequest]) -> list[UUID]:
         try:

@@ -30,10 +30,13 @@ def reads(monkeypatch):
     create, made, reads = FakeOrchestrator.create_deployment_run, {}, []
 
     def batches(api):
+        turn = anyio.Lock()  # of two batches, one is being created
+
         async def send(items):
-            wanted = [request for _, request in items if request.begin()]
-            await anyio.sleep(SECONDS_OF_A_RUN * len(wanted))
-            return [await create(api, *item) for item in items]
+            async with turn:
+                wanted = [request for _, request in items if request.begin()]
+                await anyio.sleep(SECONDS_OF_A_RUN * len(wanted))
+                return [await create(api, *item) for item in items]
 
         return Batches(send, limit=100)
 

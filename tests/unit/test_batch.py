@@ -174,3 +174,38 @@ def test_who_waits_when_it_is_closed_at_once_is_cancelled_and_so_is_nobody_after
         await batches.close()
 
     asyncio.run(run())
+
+
+def test_no_more_than_two_requests_are_under_way(acting):
+    async def test(server, batches):
+        server.may_answer.clear()
+        answers = submitted(batches, range(10))
+        await server.under_way.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert [len(request) for request in server.requests] == [3, 3]
+        server.may_answer.set()
+        assert await asyncio.gather(*answers) == [f"<{item}>" for item in range(10)]
+
+    acting(test)
+
+
+def test_what_comes_while_the_last_requests_are_under_way_is_sent(acting):
+    async def test(server, batches):
+        server.may_answer.clear()
+        first = submitted(batches, range(6))
+        await server.under_way.wait()
+        await asyncio.sleep(0.05)
+        later = submitted(batches, [7])
+        server.may_answer.set()
+        assert await asyncio.wait_for(asyncio.gather(*first, *later), 5) == [
+            "<0>",
+            "<1>",
+            "<2>",
+            "<3>",
+            "<4>",
+            "<5>",
+            "<7>",
+        ]
+
+    acting(test)
