@@ -28,9 +28,11 @@ from supervised._errors import (
     ChildFailed,
     ChildTimedOut,
     SpawnError,
+    text_of,
 )
 from supervised._lean import lean
 from supervised._log import get_logger
+from supervised._policy import check_seconds
 from supervised._types import CancelReason
 
 if TYPE_CHECKING:
@@ -62,6 +64,10 @@ Callback = tuple[Callable[[Any], None], contextvars.Context]
 
 def _ignore(_: Child[Any]) -> None:
     """Do nothing about a child that has been settled."""
+
+
+def _is_no_matter(_: Child[Any]) -> None:
+    """Do nothing about a failure that nobody has heard."""
 
 
 def _is_final(_: Child[Any], __: End) -> bool:
@@ -129,13 +135,17 @@ class Child(PrefectFuture[R], Generic[R]):
     _on_attempt_over: Callable[[Child[Any], End], bool] = attrs.field(
         default=_is_final, alias="on_attempt_over"
     )
+    _on_unheard: Callable[[Child[Any]], None] = attrs.field(
+        default=_is_no_matter, alias="on_unheard"
+    )
     _ask_cancel: Callable[[Child[Any], CancelReason], None] = attrs.field(alias="ask_cancel")
     _ask_detach: Callable[[Child[Any]], None] = attrs.field(alias="ask_detach")
 
     generation: int = attrs.field(default=0, init=False)
     restarts: int = attrs.field(default=0, init=False)
     used_up_restarts: bool = attrs.field(default=False, init=False)
-    delivered: bool = attrs.field(default=False, init=False)
+    was_heard: bool = attrs.field(default=False, init=False)
+    """Whether somebody was given its result, or its error."""
     is_raced: bool = attrs.field(default=False, init=False)
     """Whether somebody else tells of its failure: the race that it is in."""
     cancel_reason: CancelReason | None = attrs.field(default=None, init=False)
@@ -220,6 +230,11 @@ class Child(PrefectFuture[R], Generic[R]):
         return not self.is_local and (self._state is None or self._state.is_scheduled())
 
     @property
+    def delivered(self) -> bool:
+        """Whether somebody has heard how it ended, or is about to: else its scope tells."""
+        return self.was_heard or self.is_awaited
+
+    @property
     def is_detached(self) -> bool:
         """Whether nothing that becomes of the parent concerns the child."""
         return self.detach_requested or set(self.on_parent.values()) == {"detach"}
@@ -234,7 +249,9 @@ class Child(PrefectFuture[R], Generic[R]):
 
         Raises:
             RuntimeError: If called in the event loop that the child itself needs.
+            ValueError: If *timeout* is negative.
         """
+        check_seconds("timeout", timeout)
         self.refuse_deadlock()
         wait_in_slices(self._when_told(), timeout)
 
@@ -243,7 +260,11 @@ class Child(PrefectFuture[R], Generic[R]):
 
         Args:
             timeout: Seconds after which to return all the same; `None` for as long as it takes.
+
+        Raises:
+            ValueError: If *timeout* is negative.
         """
+        check_seconds("timeout", timeout)
         loop = asyncio.get_running_loop()
         over = asyncio.Event()
 
@@ -274,15 +295,12 @@ class Child(PrefectFuture[R], Generic[R]):
             ChildError: If it did not complete: `ChildFailed`, `ChildCrashed`, `ChildTimedOut`
                 or `ChildCancelled`, with the child's own exception as `__cause__`.
             SpawnError: If it could not be launched.
+            ValueError: If *timeout* is negative.
         """
         with self.being_awaited():
             self.wait(timeout)
-        self._require_over(timeout)
-        answer: R
-        if self._outcome == "completed":
-            answer = self._stored_value(self._load_sync)
-        else:
-            answer = self._failure(raise_on_failure, self._load_exception_sync())
+            self._require_over(timeout)
+            answer: R = self._told(self.answer(), raise_on_failure)
         return answer
 
     async def aresult(self, timeout: float | None = None, raise_on_failure: bool = True) -> R:
@@ -290,14 +308,8 @@ class Child(PrefectFuture[R], Generic[R]):
         with self.being_awaited():
             await self.wait_async(timeout)
             self._require_over(timeout)
-            answer: R
-            if self._outcome == "completed":
-                if self._value is _NO_RESULT:
-                    self._value = await self._load()
-                answer = self._value
-            else:
-                answer = self._failure(raise_on_failure, await self._load_exception())
-            return answer
+            answer: R = self._told(await self.aanswer(), raise_on_failure)
+        return answer
 
     def __await__(self) -> Generator[Any, Any, R]:
         return self.aresult().__await__()
@@ -345,6 +357,22 @@ class Child(PrefectFuture[R], Generic[R]):
     def cancel_because(self, reason: CancelReason) -> None:
         """Ask for the child's cancellation for a reason of ours."""
         self._ask_cancel(self, reason)
+
+    def answer(self) -> Any:
+        """Return the result of a child that is over, or its error; nobody has heard it yet."""
+        if self._outcome != "completed":
+            return self.error(self._load_exception_sync())
+        if self._value is _NO_RESULT:
+            self._value = self._load_sync()
+        return self._value
+
+    async def aanswer(self) -> Any:
+        """Return the result of a child that is over, or its error; see `answer`."""
+        if self._outcome != "completed":
+            return self.error(await self._load_exception())
+        if self._value is _NO_RESULT:
+            self._value = await self._load()
+        return self._value
 
     def being_awaited(self) -> _Waiting:
         """Return a context in which somebody waits for the child."""
@@ -501,7 +529,6 @@ class Child(PrefectFuture[R], Generic[R]):
             if state is not None:
                 self._state = state
             self.ended_at = _clock.utc_now()
-            self.delivered = self._waiters > 0
             callbacks, self._callbacks = self._callbacks or (), None
         if self.span is not None:
             unasked = outcome == "cancelled" and reason is None and self.delivered
@@ -563,7 +590,7 @@ class Child(PrefectFuture[R], Generic[R]):
         self._flow_run, self._state, self._tracking_id = run, state, task_run_id
         self._outcome, self._value, self._exception = outcome, value, exception
         self.ended_at = ended_at
-        self.delivered = self._is_told = True
+        self.was_heard = self._is_told = True
 
     def load_exception(self) -> None:
         """Fetch what the child raised elsewhere, if that was persisted."""
@@ -594,18 +621,13 @@ class Child(PrefectFuture[R], Generic[R]):
     def _require_over(self, timeout: float | None) -> None:
         if not self.is_over:
             raise TimeoutError(f"Child {self.name!r} is not over after {timeout} s")
-        self.delivered = True
 
-    def _failure(self, raise_on_failure: bool, cause: BaseException | None) -> Any:
-        error = self.error(cause)
-        if raise_on_failure:
-            raise error
-        return error
-
-    def _stored_value(self, load: Callable[[], Any]) -> Any:
-        if self._value is _NO_RESULT:
-            self._value = load()
-        return self._value
+    def _told(self, answer: Any, raise_on_failure: bool) -> Any:
+        """Give an answer to who has waited for it; only from then on it counts as heard."""
+        self.was_heard = True
+        if raise_on_failure and self._outcome != "completed":
+            raise answer
+        return answer
 
     def _load_sync(self) -> Any:
         if self._state is None or self._state.data is None:
@@ -664,12 +686,15 @@ class Child(PrefectFuture[R], Generic[R]):
         if self.restarts:
             verb += f" after {self.restarts} restart(s)"
         if cause is not None:
-            return f"{verb}: {type(cause).__name__}: {cause}"
+            return f"{verb}: {type(cause).__name__}: {text_of(cause)}"
         return f"{verb}: {state.message or state.name}"
 
 
 class _Waiting:
-    """Counts a waiter, so that the supervisor knows that a failure will be heard."""
+    """Counts a waiter, so that the supervisor knows that a failure will be heard.
+
+    One that leaves with an exception has not heard it.
+    """
 
     def __init__(self, child: Child[Any]) -> None:
         self._child = child
@@ -678,9 +703,13 @@ class _Waiting:
         with self._child._lock:
             self._child._waiters += 1
 
-    def __exit__(self, *_: object) -> None:
-        with self._child._lock:
-            self._child._waiters -= 1
+    def __exit__(self, kind: object, *_: object) -> None:
+        child = self._child
+        with child._lock:
+            child._waiters -= 1
+            is_unheard = child.is_over and not child.delivered
+        if kind is not None and is_unheard:
+            child._on_unheard(child)
 
 
 def _own_exception(stored: object) -> BaseException | None:

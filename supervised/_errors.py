@@ -37,6 +37,14 @@ if TYPE_CHECKING:
     from supervised._types import CancelReason, TeardownReport
 
 
+def text_of(exc: BaseException) -> str:
+    """Return what an exception says; one that cannot say it must not end what tells of it."""
+    try:
+        return str(exc)
+    except Exception:
+        return "(it has no text)"
+
+
 class SupervisedError(Exception):
     """Base of every exception that this library raises."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import attrs
 
+from supervised._errors import text_of
 from supervised._log import get_logger
 
 if TYPE_CHECKING:
@@ -138,20 +139,12 @@ class Finalizers:
                 exc = could_not_start
             if exc is not None:
                 logger.debug("Finalizer %s failed", finalizer.name, exc_info=exc)
-                errors.append(f"{finalizer.name}: {type(exc).__name__}: {_text(exc)}")
+                errors.append(f"{finalizer.name}: {type(exc).__name__}: {text_of(exc)}")
         return errors
 
     def _pop(self) -> Finalizer | None:
         with self._lock:
             return self._stack.pop() if self._stack else None
-
-
-def _text(exc: BaseException) -> str:
-    """Return what an exception says; one that cannot say it must not end the teardown."""
-    try:
-        return str(exc)
-    except Exception:
-        return "(it has no text)"
 
 
 async def _awaited(awaitable: Awaitable[object]) -> None:

@@ -22,6 +22,7 @@ import attrs
 from supervised import _clock
 from supervised._child import Child
 from supervised._control import SLICE_SECONDS, wait_in_loop, wait_in_slices
+from supervised._log import get_logger
 from supervised._policy import breaks_scope, check_limit, check_seconds
 from supervised._types import CancelReason
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
         Iterator,
         Sequence,
     )
+
+logger = get_logger("prefect.supervised.join")
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -129,6 +132,7 @@ class Join(Generic[T]):
         self._raises_group = raises_group
         self._deadline = math.inf if timeout is None else _clock.monotonic() + timeout
         self._lock = threading.Lock()
+        self._is_expired = False
         self._ends: list[tuple[int, bool]] = []
         self._decision: Decision | None = None
         self._decided: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -172,22 +176,23 @@ class Join(Generic[T]):
             TimeoutError: If it is not decided in time.
             ChildError: If it is lost by one child's end.
             ExceptionGroup: If it is lost by the ends of several.
+            ValueError: If *timeout* is negative.
         """
-        with self._waiting() as heard:
+        check_seconds("timeout", timeout)
+        with self._waiting():
             for child in self.children:
                 child.refuse_deadlock()
-            self._require(wait_in_slices(self._decided, self._left(timeout)))
-            heard.extend(self._ends_that_count())
-            answers = {at: self.children[at].result(raise_on_failure=False) for at in heard}
-        return self._answer(answers)
+            self._require(wait_in_slices(self._decided, self._left(timeout)), timeout)
+            answers = {at: self.children[at].answer() for at in self._ends_that_count()}
+            return self._told(answers)
 
     async def aresult(self, timeout: float | None = None) -> T:
         """Return what the join gives, waiting for it in the running loop; see `result`."""
-        with self._waiting() as heard:
-            self._require(await wait_in_loop(self._decided, self._left(timeout)))
-            heard.extend(self._ends_that_count())
-            answers = {at: await self.children[at].aresult(raise_on_failure=False) for at in heard}
-        return self._answer(answers)
+        check_seconds("timeout", timeout)
+        with self._waiting():
+            self._require(await wait_in_loop(self._decided, self._left(timeout)), timeout)
+            answers = {at: await self.children[at].aanswer() for at in self._ends_that_count()}
+            return self._told(answers)
 
     def __await__(self) -> Generator[Any, Any, T]:
         return self.aresult().__await__()
@@ -195,7 +200,13 @@ class Join(Generic[T]):
     def error(self) -> BaseException:
         """Return why it is lost, as far as that is known without asking anybody."""
         assert self._decision is not None
-        return self._why_lost({at: self.children[at].error() for at in self._decision.failed})
+        ends = {at: self.children[at] for at in self._decision.failed}
+        return self._why_lost({at: child.error(child.exception) for at, child in ends.items()})
+
+    async def expire_in_time(self) -> None:
+        """End a race whose time is over, whether or not somebody waits for it."""
+        if not await wait_in_loop(self._decided, self._left(None)):
+            self._expire()
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -217,32 +228,47 @@ class Join(Generic[T]):
 
     def _cancel_losers(self, reason: CancelReason) -> None:
         for child in self.children:
-            if not child.is_over:
+            if child.is_over:
+                continue
+            try:
                 child.cancel_because(reason)
+            except Exception:  # one must not keep the others running, nor who waits waiting
+                logger.exception("Could not cancel child %r, which lost a race", child.name)
 
     def _left(self, timeout: float | None) -> float | None:
         left = min(math.inf if timeout is None else timeout, self._deadline - _clock.monotonic())
         return None if math.isinf(left) else max(0.0, left)
 
-    def _require(self, is_decided: bool) -> None:
-        if is_decided:
-            self.delivered = True
+    def _require(self, is_decided: bool, timeout: float | None) -> None:
+        if is_decided and not self._is_expired:
             return
-        seconds = f" within {self._timeout:g} s" if self._timeout is not None else " in time"
-        if self._is_race and _clock.monotonic() >= self._deadline:
+        is_too_late = self._is_expired or _clock.monotonic() >= self._deadline
+        limit = self._timeout if is_too_late else timeout
+        if self._is_race and is_too_late:
+            self._expire()
             self.delivered = True
-            self._cancel_losers(
-                CancelReason(source="lost_race", message=f"the race was not decided{seconds}")
-            )
         live = ", ".join(child.name for child in self.children if not child.is_over)
-        raise TimeoutError(f"Not decided{seconds}; still going on: {live}")
+        going_on = f"; still going on: {live}" if live else ""
+        raise TimeoutError(f"Not decided within {limit:g} s{going_on}")
+
+    def _expire(self) -> None:
+        with self._lock:
+            if self._is_expired or self._decision is not None:
+                return
+            self._is_expired = True
+        message = f"the race was not decided within {self._timeout:g} s"
+        self._cancel_losers(CancelReason(source="lost_race", message=message))
 
     def _ends_that_count(self) -> tuple[int, ...]:
         assert self._decision is not None
         return self._decision.completed if self._decision.won else self._decision.failed
 
-    def _answer(self, answers: dict[int, Any]) -> T:
+    def _told(self, answers: dict[int, Any]) -> T:
+        """Give the answer to who has waited for it; only from then on it counts as heard."""
         assert self._decision is not None
+        self.delivered = True
+        for at in answers:
+            self.children[at].was_heard = True
         if self._decision.won:
             return self._take(answers)
         raise self._why_lost(answers)
@@ -254,19 +280,12 @@ class Join(Generic[T]):
         return ExceptionGroup(message, list(errors.values()))
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[list[int]]:
-        """Count as a waiter of every child; of the ends, only those that are answered are heard."""
-        heard: list[int] = []
-        known = {child for child in self.children if child.delivered}
+    def _waiting(self) -> Iterator[None]:
+        """Count as a waiter of every child."""
         with contextlib.ExitStack() as stack:
             for child in self.children:
                 stack.enter_context(child.being_awaited())
-            try:
-                yield heard
-            finally:
-                answered = {self.children[at] for at in heard}
-                for child in {*self.children} - known - answered:
-                    child.delivered = False
+            yield
 
 
 def check(children: Iterable[Child[R]]) -> tuple[Child[R], ...]:
@@ -289,6 +308,7 @@ class Joiners:
 
     def __init__(self) -> None:
         self._races: list[Join[Any]] = []
+        self._races_lock = threading.Lock()
 
     def gather(
         self,
@@ -425,8 +445,13 @@ class Joiners:
             is_race=True,
             raises_group=raises_group,
         )
-        self._races = [*(each for each in self._races if not each.delivered), race]
+        with self._races_lock:
+            self._races = [*(each for each in self._races if not each.delivered), race]
+        self._begin_race(race)
         return race
+
+    def _begin_race(self, race: Join[Any]) -> None:
+        """See to it that a race ends in time, and that its scope tells how if nobody asks."""
 
 
 def _gather(
@@ -492,16 +517,10 @@ class AsCompleted(Generic[R]):
     @contextlib.contextmanager
     def _waiting(self, left: Iterable[Child[R]]) -> Iterator[None]:
         """Count as a waiter of every child that is left; who is given one may ask, or not."""
-        children = [*left]
-        heard = {child for child in children if child.delivered}
         with contextlib.ExitStack() as stack:
-            for child in children:
+            for child in [*left]:
                 stack.enter_context(child.being_awaited())
-            try:
-                yield
-            finally:
-                for child in {*children} - heard:
-                    child.delivered = False  # if nobody asks, the scope tells
+            yield
 
     def _next(self, over: queue.SimpleQueue[Child[R]], left: dict[Child[R], None]) -> Child[R]:
         while True:
@@ -570,7 +589,15 @@ class Children(list[Child[R]], Generic[R]):
         return await self._gather(timeout, raise_on_failure)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until all are over, whatever their outcomes."""
+        """Wait until all are over, whatever their outcomes.
+
+        Args:
+            timeout: Seconds after which to return all the same; `None` for as long as it takes.
+
+        Raises:
+            ValueError: If *timeout* is negative.
+        """
+        check_seconds("timeout", timeout)
         deadline = math.inf if timeout is None else _clock.monotonic() + timeout
         for child in self:
             left = deadline - _clock.monotonic()

@@ -500,7 +500,7 @@ class Lifecycle:
 
     def cancel(self, child: Child[Any], reason: CancelReason) -> None:
         """Ask for a child's cancellation, with everything below it; its siblings go on."""
-        if not child.mark_cancel(reason):
+        if child.detach_requested or not child.mark_cancel(reason):
             return
         if (interrupt := child.attempt.interrupt) is not None:
             interrupt()
@@ -546,6 +546,8 @@ class Lifecycle:
                 f"Child {child.name!r} runs inline, in this process, and cannot outlive it. "
                 "Spawn a deployment to detach it."
             )
+        if not child.is_spared:
+            return  # it has been told to end: there is no way back from that either
         child.detach_requested = True
         run = child.flow_run
         if run is None or self._plane is None or (child.attempt.is_over and not child.is_over):

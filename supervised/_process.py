@@ -29,7 +29,7 @@ from prefect.states import Cancelled
 
 from supervised import _compat as compat
 from supervised._control import wait_in_slices
-from supervised._errors import ParametersError, SpawnError
+from supervised._errors import ParametersError, SpawnError, text_of
 from supervised._inline import run_cancellation_hooks, run_hooks, uncancel
 from supervised._log import get_logger
 from supervised._policy import outcome_of
@@ -329,7 +329,7 @@ class _Body:
             self._write(("raised", exc))
         except Exception:  # a stand-in is better than nothing
             with suppress(Exception):
-                self._write(("raised", RuntimeError(f"{type(exc).__name__}: {exc}")))
+                self._write(("raised", RuntimeError(f"{type(exc).__name__}: {text_of(exc)}")))
 
     def _write(self, what: tuple[str, Any]) -> None:
         pickled = cloudpickle.dumps(what)

@@ -27,6 +27,7 @@ from supervised._errors import (
     ChildError,
     ScopeClosedError,
     TeardownError,
+    text_of,
 )
 from supervised._launch import SUPERSEDED
 from supervised._policy import HARD_CAUSES, parent_reason
@@ -585,7 +586,7 @@ def _errors(supervisor: Supervisor, exc: BaseException | None) -> list[Exception
     errors = [
         child.error(child.exception)
         for child in supervisor.failures
-        if not child.delivered or (child.used_up_restarts and not _tells_of(exc, child))
+        if child in supervisor.unheard or (child.used_up_restarts and not _tells_of(exc, child))
     ]
     raised: list[Exception] = [error for error in errors if isinstance(error, Exception)]
     lost = [race.error() for race in supervisor.lost_races]
@@ -620,5 +621,5 @@ def _is_consequence(exc: Exception) -> bool:
 def _detail(exc: BaseException | None) -> str:
     if exc is None or not isinstance(exc, Exception):
         return ""
-    first = str(exc).splitlines()[0] if str(exc) else ""
+    first = next(iter(text_of(exc).splitlines()), "")
     return f"{type(exc).__name__}: {first}" if first else type(exc).__name__

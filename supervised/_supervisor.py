@@ -42,7 +42,7 @@ from supervised._errors import (
 )
 from supervised._finalizers import Finalizer, Finalizers
 from supervised._host import current_host
-from supervised._join import Children, Joiners
+from supervised._join import Children, Join, Joiners
 from supervised._lease import LeaseHolder
 from supervised._lifecycle import Lifecycle, Services, open_services
 from supervised._link import Link
@@ -120,6 +120,7 @@ class Supervisor(Joiners):
             on_done=self._on_child_done,
             on_settled=self._lives.settled,
             on_attempt_over=self._lives.attempt_over,
+            on_unheard=self._on_unheard,
             ask_cancel=self._lives.cancel,
             ask_detach=self._lives.detach,
         )
@@ -599,7 +600,7 @@ class Supervisor(Joiners):
     @property
     def unheard(self) -> list[Child[Any]]:
         """The children whose failures nobody has asked about: the scope's end tells of them."""
-        failed = [child for child in self.failures if not child.delivered]
+        failed = [child for child in self.failures if not (child.delivered or child.is_raced)]
         return failed + [child for race in self.lost_races for child in race.losers]
 
     def owns(self, child: Child[Any]) -> bool:
@@ -871,6 +872,18 @@ class Supervisor(Joiners):
         self.begin_teardown("failed", reason)
         if not child.delivered:
             self.body.interrupt()
+
+    def _on_unheard(self, child: Child[Any]) -> None:
+        """End a body that had waited for the failure that ends the scope, and waits no more."""
+        if self._ending is None or self._ending[1].child != child.name or child.is_raced:
+            return
+        is_signalled = self.host.termination_intent() is not None
+        if self.body.loop is not None and self.own.cancellation is None and not is_signalled:
+            self.body.interrupt()
+
+    def _begin_race(self, race: Join[Any]) -> None:
+        plane, _ = self.engage()
+        plane.submit(lambda _: race.expire_in_time())
 
     # -- the run's own end -----------------------------------------------------------------------
 

@@ -334,7 +334,7 @@ class Teardown:
         for child in self._children():
             # Who was told to cancel is cancelled, whatever its parent's end would have meant.
             action = "cancel" if child.cancel_reason else child.on_parent[self._cause]
-            if action == "detach" or child.outcome == "detached":
+            if action == "detach" or child.detach_requested or child.outcome == "detached":
                 if child.flow_run_id is not None:
                     self._spared.add(child.flow_run_id)
                 if not child.is_over:

@@ -519,3 +519,158 @@ def test_a_failure_that_nobody_was_given_is_not_lost_with_the_loop(policy):
         run = prefect.start(root)
         prefect.until(lambda: not prefect.alive, within=120)
         assert run.state.is_failed()
+
+
+# -- what is heard, by whom, and when ------------------------------------------------------------
+
+
+def played(body, **options):
+    """Run a body with children that take 100 s, 20 s, or fail after 10 s; return its run."""
+    root = supervised_flow(name="root", **options)(body)
+    with FakePrefect() as prefect:
+        prefect.deploy("slow/test", takes=100)
+        prefect.deploy("good/test", takes=20, returns="done")
+        prefect.deploy("bad/test", takes=10, fails=True)
+        run = prefect.start(root)
+        prefect.until(lambda: not prefect.alive, within=1000)
+        return run
+
+
+def test_a_failure_whose_waiter_was_cancelled_before_it_heard_is_told_by_the_scope():
+    async def body():
+        bad = supervisor.spawn("bad/test")
+        waiting = asyncio.ensure_future(bad.aresult())
+        bad.add_done_callback(lambda _: loop.call_soon_threadsafe(waiting.cancel))
+        loop = asyncio.get_running_loop()
+        await asyncio.wait([waiting])
+
+    assert played(body, on_child_failure="wait").state.is_failed()
+
+
+def test_a_body_whose_wait_for_the_failure_was_given_up_does_not_go_on_in_a_dead_scope():
+    woken = []
+
+    async def body():
+        bad = supervisor.spawn("bad/test")
+        loop = asyncio.get_running_loop()
+        waiting = asyncio.ensure_future(bad.aresult())
+        bad.add_done_callback(lambda _: loop.call_soon_threadsafe(waiting.cancel))
+        await asyncio.wait([waiting])
+        await asyncio.sleep(500)
+        woken.append(True)
+
+    run = played(body)
+    assert run.state.is_failed()
+    assert not woken
+
+
+def test_a_failure_that_somebody_handled_is_not_told_again_because_another_waited_too():
+    async def body():
+        bad, slow = supervisor.spawn("bad/test"), supervisor.spawn("slow/test")
+
+        async def handle():
+            with pytest.raises(ChildFailed):
+                await bad
+
+        handling = asyncio.ensure_future(handle())
+        with pytest.raises(TimeoutError):
+            await supervisor.gather(bad, slow, return_exceptions=True, timeout=30)
+        await handling
+
+    assert played(body, on_child_failure="wait").state.is_completed()
+
+
+def test_a_race_is_over_in_time_though_nobody_waits_for_it():
+    seen = []
+
+    async def body():
+        slow, slower = supervisor.spawn("slow/test"), supervisor.spawn("slow/test")
+        race = supervisor.first_success(slow, slower, timeout=5)
+        await asyncio.sleep(50)
+        seen.extend(child.outcome for child in (slow, slower))
+        with pytest.raises(TimeoutError, match="within 5 s"):
+            await race
+
+    assert played(body).state.is_completed()
+    assert seen == ["cancelled", "cancelled"]
+
+
+def test_a_lost_race_is_told_by_the_scope_that_began_it_though_it_spawned_nothing():
+    async def body():
+        bad, worse = supervisor.spawn("bad/test"), supervisor.spawn("bad/test")
+
+        @supervised_flow
+        async def inner():
+            supervisor.first_success(bad, worse)
+            await asyncio.sleep(30)
+
+        await inner()
+
+    run = played(body, on_child_failure="wait")
+    assert run.state.is_failed()
+
+
+def test_a_race_owns_a_failure_that_came_before_it_began():
+    async def body():
+        bad, good = supervisor.spawn("bad/test"), supervisor.spawn("good/test")
+        await asyncio.sleep(12)
+        return await supervisor.first_success(bad, good)
+
+    assert played(body, on_child_failure="wait").state.is_completed()
+
+
+def test_what_a_lost_race_tells_names_each_childs_own_exception():
+    told = []
+
+    async def body():
+        race = supervisor.first_success(supervisor.spawn("bad/test"), supervisor.spawn("bad/test"))
+        await asyncio.sleep(20)
+        told.append(race)
+
+    played(body)
+    error = told[0].error()
+    assert [type(each.__cause__) for each in error.exceptions] == [RuntimeError, RuntimeError]
+
+
+def test_of_races_that_begin_in_many_threads_none_is_forgotten():
+    joiners, each = Joiners(), 200
+
+    def begin():
+        for _ in range(each):
+            joiners.first_success(make())
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(joiners._races) == 8 * each
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "x"])
+def test_a_wait_of_no_length_is_refused(timeout):
+    child = make()
+    join = Joiners().gather(child)
+    for ask in (child.result, child.wait, join.result, Children([child]).wait):
+        with pytest.raises(ValueError, match="timeout must be"):
+            ask(timeout)
+
+
+@pytest.mark.parametrize("ends", ["raises", "cancels", "races"])
+def test_a_child_that_was_let_go_before_it_had_a_run_is_launched_whatever_comes(ends):
+    async def body():
+        child = supervisor.spawn("good/test")
+        child.detach()
+        if ends == "raises":
+            raise KeyError("mine")
+        if ends == "cancels":
+            supervisor.cancel()
+        else:
+            await supervisor.first_success(child, supervisor.spawn("good/test"))
+
+    run = played(body)
+    assert run.report is None or all(
+        each.status == "detached" for each in run.report.receipts if each.name == "good/test"
+    )
+    deployed = [each for each in run.below if each.state.is_cancelled()]
+    assert not deployed
