@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
@@ -32,7 +32,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Cancelled, Crashed, Pending, Scheduled, to_state_create
+from prefect.states import Cancelled, Crashed, Failed, Pending, Scheduled, to_state_create
 from prefect.tasks import Task
 from prefect.utilities.slugify import slugify
 
@@ -139,6 +139,15 @@ class RunEvent:
     occurred: datetime | None = None
 
 
+Closing = Literal["cancelled", "crashed", "failed"]
+"""How a run that has no process is said to have ended."""
+
+
+def closing(as_: Closing, message: str) -> State[Any]:
+    """Return the state that says so."""
+    return {"cancelled": Cancelled, "crashed": Crashed, "failed": Failed}[as_](message=message)
+
+
 class Orchestrator(Protocol):
     """What supervision needs of Prefect."""
 
@@ -164,7 +173,7 @@ class Orchestrator(Protocol):
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]: ...
 
     async def close_run(
-        self, run_id: UUID, message: str, *, crashed: bool = False
+        self, run_id: UUID, message: str, *, as_: Closing = "cancelled"
     ) -> State | None: ...
 
     async def nudge(self, run_id: UUID) -> None: ...
@@ -495,10 +504,11 @@ class PrefectOrchestrator:
         (run,) = await self.read_runs([run_id]) or (None,)
         return Ack(run_id, run.state if run else None, "aborted")
 
-    async def close_run(self, run_id: UUID, message: str, *, crashed: bool = False) -> State | None:
-        """Write `Cancelled`, or `Crashed`, over a run that is known to have no process."""
-        state: State = (Crashed if crashed else Cancelled)(message=message)
-        return (await self._client.set_flow_run_state(run_id, state)).state
+    async def close_run(
+        self, run_id: UUID, message: str, *, as_: Closing = "cancelled"
+    ) -> State | None:
+        """Write a last state over a run that is known to have no process."""
+        return (await self._client.set_flow_run_state(run_id, closing(as_, message))).state
 
     async def nudge(self, run_id: UUID) -> None:
         """Tell runners once more that a run is to be cancelled, without touching its state.

@@ -11,19 +11,21 @@ import dataclasses
 import enum
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import PurePath
-from types import CellType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 from uuid import UUID
 
 import attrs
-from prefect.utilities.hashing import hash_objects
+import cloudpickle  # type: ignore[import-untyped]
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 
+_BUILT_IN = (int, float, complex, str, bytes)
+_SECRETS = (Secret, SecretStr, SecretBytes)
 _PLAIN = (int, float, complex, str, bytes, Decimal, UUID, date, time, timedelta, PurePath)
 
 
@@ -47,18 +49,33 @@ def closure(fn: FunctionType) -> tuple[Any, ...]:
 
     Only what cannot change: a function that counts its calls is the same before and after.
     """
-    return tuple(_unchanging(cell) for cell in fn.__closure__ or ())
+    return _made_with(fn, frozenset())
 
 
-def _unchanging(cell: CellType) -> Any:
+def _made_with(fn: FunctionType, seen: frozenset[FunctionType]) -> tuple[Any, ...]:
+    defaults = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    inside = seen | {fn}
+    cells = (_unchanging(cell, inside) for cell in fn.__closure__ or ())
+    return (*cells, *(_fixed(value, inside) for value in defaults))
+
+
+def _unchanging(cell: CellType, seen: frozenset[FunctionType]) -> Any:
     try:
-        value = cell.cell_contents
+        return _fixed(cell.cell_contents, seen)
     except ValueError:  # not filled yet
         return None
-    if value is None or isinstance(value, (*_PLAIN, enum.Enum)):
+
+
+def _fixed(value: Any, seen: frozenset[FunctionType]) -> Any:
+    """Return a value that cannot change as it is, and the name of any other's type."""
+    if value is None or isinstance(value, (*_PLAIN, *_SECRETS, enum.Enum)):
         return value
-    if isinstance(value, (FunctionType, type, ModuleType)):
-        return getattr(value, "__qualname__", value.__name__)
+    if isinstance(value, (tuple, frozenset)):
+        return [_name(value), *(_fixed(each, seen) for each in value)]
+    if isinstance(value, FunctionType) and value not in seen:
+        return [_name_of(value), *_made_with(value, seen)]
+    if isinstance(value, (FunctionType, BuiltinFunctionType, type, ModuleType)):
+        return _name_of(value)
     return _name(value)
 
 
@@ -71,19 +88,27 @@ def _parts(value: Any) -> Any:
 
 def _content(value: Any) -> Any:
     if isinstance(value, enum.Enum):
-        return value.name
+        return [value.name, _parts(value.value)]
     if isinstance(value, _PLAIN):
-        return repr(value)
-    if isinstance(value, (Secret, SecretStr, SecretBytes)):
+        return _plain(value)
+    if isinstance(value, _SECRETS):
         return _parts(value.get_secret_value())
     if (fields := _fields(value)) is not None:
         return {name: _parts(field) for name, field in sorted(fields.items())}
     return _items(value)
 
 
+def _plain(value: Any) -> str:
+    """Return the text of a value, whatever a class that is derived from its own shows."""
+    base: Any = next((kind for kind in _BUILT_IN if isinstance(value, kind)), type(value))
+    return str(base.__repr__(value))
+
+
 def _items(value: Any) -> Any:
     if isinstance(value, Mapping):
         return sorted((_pair(item) for item in value.items()), key=json.dumps)
+    if isinstance(value, Iterator):
+        raise TypeError("to look at it would be to empty it")
     if isinstance(value, AbstractSet):
         return sorted((_parts(each) for each in value), key=json.dumps)
     if isinstance(value, Sequence) and not isinstance(value, memoryview):
@@ -97,11 +122,13 @@ def _pair(item: tuple[Any, Any]) -> list[Any]:
 
 def _fields(value: Any) -> dict[str, Any] | None:
     """Return the fields of a model, a dataclass or an attrs class; `None` if it is none."""
+    names: list[str]
     if isinstance(value, type):
         return None
     if isinstance(value, BaseModel):
-        return {**value.__dict__, **(value.model_extra or {})}
-    names: list[str] = []
+        names = [*type(value).model_fields, *(value.model_extra or ())]
+        private = value.__pydantic_private__ or {}
+        return {**{name: getattr(value, name, None) for name in names}, **private}
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
     elif attrs.has(type(value)):
@@ -112,11 +139,15 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 def _pickled(value: Any) -> str:
-    hashed = hash_objects(value, raise_on_failure=True)
-    assert hashed is not None
-    return hashed
+    return hashlib.sha256(cloudpickle.dumps(value)).hexdigest()
 
 
 def _name(value: Any) -> str:
     kind = type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _name_of(value: Any) -> str:
+    """Return the full name of a function, a class or a module."""
+    module, name = getattr(value, "__module__", ""), getattr(value, "__qualname__", None)
+    return f"{module}.{name or value.__name__}"

@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import prefect
+from prefect.context import FlowRunContext
 from prefect.flow_engine import run_flow, run_flow_in_subprocess
 from prefect.results import (  # type: ignore[attr-defined,unused-ignore]
     ResultRecordMetadata,  # pyright: ignore[reportPrivateImportUsage]  # moved in 3.9
@@ -23,11 +25,11 @@ from prefect.results import (  # type: ignore[attr-defined,unused-ignore]
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Coroutine, Iterator, Mapping
+    from contextvars import ContextVar
     from multiprocessing.process import BaseProcess
 
     from prefect.client.schemas.objects import FlowRun, State, TaskRun
-    from prefect.context import FlowRunContext
     from prefect.flows import Flow
 
 try:
@@ -45,6 +47,20 @@ ResultMetadata = ResultRecordMetadata
 
 RUN_DEPLOYMENT_TASK_KEY = "prefect.deployments.flow_runs.run_deployment."
 """What the tracking tasks of plain `run_deployment` calls start with (deployments/flow_runs.py)."""
+
+
+@contextmanager
+def outside_of_runs() -> Iterator[None]:
+    """Make no flow run current, as far as Prefect is concerned."""
+    current: ContextVar[Any] | None = getattr(FlowRunContext, "__var__", None)
+    if current is None:  # pragma: no cover - every Prefect 3 has it
+        yield
+        return
+    token = current.set(None)
+    try:
+        yield
+    finally:
+        current.reset(token)
 
 
 def termination_intent() -> str | None:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import anyio
 import attrs
 from prefect.flows import Flow
-from prefect.states import Cancelled, Crashed
 
 from supervised import _clock, _identity, _launch, _telemetry
+from supervised._api import closing
 from supervised._batch import Batches
 from supervised._budget import Priority, priority
+from supervised._errors import SpawnError
 from supervised._inline import InlineRun
 from supervised._log import run_logger
 from supervised._policy import LEAVING, Budget, is_over, outcome_of, parent_reason
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from prefect.client.schemas.objects import FlowRun, State
 
-    from supervised._api import Orchestrator
+    from supervised._api import Closing, Orchestrator
     from supervised._child import Attempt, Child, End
     from supervised._control import Plane
     from supervised._host import Host
@@ -248,13 +249,9 @@ class Lifecycle:
         state = read[0].state if read else None
         if state is not None and state.is_final():
             return state
-        asked = child.cancel_reason
-        how = f"Its process ended with exit code {end.code}."
-        message = f"Cancelled because {asked}. {how}" if asked is not None else how
-        written = await _launch.patiently(
-            lambda: services.api.close_run(run.id, message, crashed=asked is None)
-        )
-        return written or (Cancelled if asked is not None else Crashed)(message=message)
+        as_, message = _how_it_ended(child, end)
+        written = await _launch.patiently(lambda: services.api.close_run(run.id, message, as_=as_))
+        return written or closing(as_, message)
 
     def _launcher_with(self, services: Services) -> _launch.Launcher:
         if self._launcher is None:
@@ -656,6 +653,16 @@ class Lifecycle:
                 "The launch of child %r was given up, and nobody knows whether it has a run",
                 child.name,
             )
+
+
+def _how_it_ended(child: Child[Any], end: Exit) -> tuple[Closing, str]:
+    """Return what to say of a run whose process has not said how it ended, or never was."""
+    if isinstance(end.exception, SpawnError):
+        return "failed", str(end.exception)
+    how = f"Its process ended with exit code {end.code}."
+    if child.cancel_reason is not None:
+        return "cancelled", f"Cancelled because {child.cancel_reason}. {how}"
+    return "crashed", how
 
 
 def _settle_failed(

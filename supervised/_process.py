@@ -200,16 +200,25 @@ class ProcessRun:
         if self._is_stopped:
             return None
         self._validate()
-        process = self._process = compat.run_flow_in_process(
+        try:
+            process = self._start_process()
+        except Exception:
+            # The context has the parent's flow in it, with everything that its body uses.
+            with compat.outside_of_runs():
+                process = self._start_process()
+        self._process = process
+        if self._is_stopped:
+            self._stop(process)
+        return process
+
+    def _start_process(self) -> multiprocessing.process.BaseProcess:
+        return compat.run_flow_in_process(
             self._prepared(),
             self._run,
             self._parameters,
             context=serialize_context(),
             env={"PREFECT__FLOW_RUN_ID": str(self._run.id)},
         )
-        if self._is_stopped:
-            self._stop(process)
-        return process
 
     def _validate(self) -> None:
         """Refuse parameters of a wrong type here, where that can be told from the flow's failure.

@@ -10,9 +10,9 @@ import anyio
 import httpx
 from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Cancelled, Crashed, Pending, Scheduled
+from prefect.states import Pending, Scheduled
 
-from supervised._api import Ack
+from supervised._api import Ack, closing
 from supervised._budget import RequestBudget
 from supervised._errors import DeploymentNotFoundError
 from supervised._pace import Pace
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
     from prefect.flows import Flow
 
-    from supervised._api import Deployment, RunEvent, RunRequest
+    from supervised._api import Closing, Deployment, RunEvent, RunRequest
     from supervised._stall import Limit
     from supervised.testing._faults import Dice
     from supervised.testing._server import Change, Server
@@ -276,9 +276,9 @@ class FakeOrchestrator:
         return await self.call(lambda: [ask(run_id) for run_id in run_ids])
 
     async def close_run(
-        self, run_id: UUID, message: str, *, crashed: bool = False
+        self, run_id: UUID, message: str, *, as_: Closing = "cancelled"
     ) -> State[Any] | None:
-        state: State[Any] = (Crashed if crashed else Cancelled)(message=message)
+        state = closing(as_, message)
         return await self.call(lambda: self._server.propose(run_id, state).state)
 
     async def nudge(self, run_id: UUID) -> None:

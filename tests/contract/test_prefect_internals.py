@@ -135,3 +135,22 @@ def test_a_runner_sees_our_hook_and_nobody_else(server, caplog):
         asyncio.run(run_hooks(client.create_flow_run(parent)))
     assert called == [[mine]]
     assert "Hook 'end_what_is_left' finished running successfully" in caplog.text
+
+
+def test_a_block_can_be_outside_of_all_runs():
+    seen = []
+
+    @flow
+    def run():
+        with _compat.outside_of_runs():
+            seen.append(FlowRunContext.get())
+        seen.append(FlowRunContext.get())
+
+    with FlowRunContext.model_construct(flow=run, flow_run=None, parameters={}):
+        run.fn()
+    assert seen[0] is None
+    assert seen[1].flow is run
+
+
+def test_what_a_state_says_of_a_persisted_result_is_a_model_with_a_storage_key():
+    assert "storage_key" in _compat.ResultMetadata.model_fields

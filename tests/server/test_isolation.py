@@ -1,25 +1,39 @@
 """Children in processes of their own."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import LogFilter
+from prefect.client.schemas.filters import FlowRunFilter, LogFilter
+from support.otlp import receiving
 from support.world import FLOWS, eventually
 
 sys.path.insert(0, str(FLOWS))
 import isolated
+import launching
 
-from supervised import ChildCancelled, ChildCrashed, ChildFailed, supervised_flow, supervisor
+from supervised import (
+    ChildCancelled,
+    ChildCrashed,
+    ChildFailed,
+    ParametersError,
+    supervised_flow,
+    supervisor,
+)
 from supervised.testing import running
 
 pytestmark = pytest.mark.usefixtures("server")
+SOON = 30
 
 
 def pid_in(folder: Path) -> int | None:
@@ -155,3 +169,149 @@ def test_it_does_not_outlive_a_parent_that_is_killed(server, tmp_path):
         parent.kill()
         parent.wait()
         eventually(lambda: not is_alive(pid), seconds=30, what="the child is gone")
+
+
+# -- what it is given, and what it raises --------------------------------------------------------
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+def test_parameters_of_a_wrong_type_are_refused_wherever_it_runs(isolation):
+    @supervised_flow(on_child_failure="ignore")
+    async def parent():
+        child = supervisor.spawn(launching.takes_a_number, {"number": "many"}, isolation=isolation)
+        with pytest.raises(ParametersError, match="do not fit flow 'takes-a-number'") as raised:
+            await child
+        assert raised.value.child == "takes-a-number"
+        assert child.outcome == "failed"
+
+    asyncio.run(parent())
+
+
+def test_parameters_are_converted_to_their_types_wherever_it_runs():
+    @supervised_flow
+    async def parent():
+        return await supervisor.gather(
+            supervisor.spawn(launching.takes_a_number, {"number": "1"}),
+            supervisor.spawn(launching.takes_a_number, {"number": "2"}, isolation="process"),
+        )
+
+    assert asyncio.run(parent()) == [1, 2]
+
+
+def test_what_an_earlier_try_raised_is_not_the_cause_of_the_last_ones_end():
+    @supervised_flow(on_child_failure="ignore")
+    async def parent():
+        with pytest.raises(ChildCrashed, match="exit code 9") as raised:
+            await supervisor.spawn(launching.dies_when_retried, isolation="process")
+        return raised.value.__cause__
+
+    assert asyncio.run(parent()) is None
+
+
+# -- what it launches -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_what_a_killed_one_had_launched_ends_and_its_restart_does_not_double_it(world, restarts):
+    queue = f"queue-{uuid4()}"
+    deployment = world.client.create_deployment(world.client.create_flow(launching.takes), queue)
+    below = FlowRunFilter.model_validate({"deployment_id": {"any_": [str(deployment)]}})
+
+    def launched():
+        runs = world.client.read_flow_runs(flow_run_filter=below)
+        return sorted(run.state_type.value for run in runs)
+
+    def kill():
+        eventually(world.pids, seconds=SOON, what="it has launched something")
+        assert launched() == ["SCHEDULED"]
+        os.kill(*world.pids().values(), signal.SIGKILL)
+        expected = ["CANCELLED", "SCHEDULED"][: 1 + restarts]
+        eventually(lambda: launched() == expected, seconds=SOON, what=expected)
+        eventually(lambda: len(world.pids()) == 1 + restarts, seconds=SOON, what="marks")
+        assert launched() == expected
+
+    async def act():
+        parameters = f"takes/{queue}", str(world.folder), restarts
+        parent = asyncio.create_task(launching.keeps(*parameters))
+        await asyncio.to_thread(kill)
+        world.tell("finish")
+        return await parent
+
+    assert asyncio.run(act()) == restarts
+    assert set(launched()) == {"CANCELLED"}
+    assert not world.alive()
+
+
+# -- being started ------------------------------------------------------------------------------
+
+
+def test_one_that_is_cancelled_while_it_is_being_started_ends_and_holds_up_nobody(tmp_path):
+    launching.reached.clear()
+    launching.released.clear()
+
+    @supervised_flow
+    async def parent():
+        parameters = {"slow": launching.Slow(), "folder": str(tmp_path)}
+        slow = supervisor.spawn(launching.takes, parameters, isolation="process")
+        assert await asyncio.to_thread(launching.reached.wait, SOON)
+        slow.cancel("enough")
+        quick = supervisor.spawn(launching.takes_a_number, {"number": 1})
+        assert await quick.aresult(timeout=SOON) == 1
+        assert not slow.is_over
+        launching.released.set()
+        with pytest.raises(ChildCancelled, match="enough"):
+            await slow.aresult(timeout=SOON)
+        return slow.flow_run_id
+
+    run_id = asyncio.run(parent())
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(run_id).state.is_cancelled()
+    assert not (tmp_path / "began").exists()
+    assert not multiprocessing.active_children()
+
+
+def test_one_that_is_cancelled_as_soon_as_it_has_a_process_says_why_it_ended(tmp_path):
+    @supervised_flow
+    async def parent():
+        parameters = {"slow": None, "folder": str(tmp_path)}
+        child = supervisor.spawn(launching.takes, parameters, isolation="process")
+        while not multiprocessing.active_children():
+            await asyncio.sleep(0.01)
+        child.cancel("enough")
+        with pytest.raises(ChildCancelled, match="enough"):
+            await child.aresult(timeout=SOON)
+        return child.flow_run_id
+
+    run_id = asyncio.run(parent())
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run_id).state
+    assert state.is_cancelled()
+    assert "enough" in state.message
+
+
+# -- its spans ----------------------------------------------------------------------------------
+
+
+def test_its_spans_arrive_in_the_trace_of_its_parent(server, tmp_path):
+    with receiving() as (otlp, endpoint):
+        subprocess.run(
+            [sys.executable, "traced_process.py", str(tmp_path)],
+            env={**server.env, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
+            cwd=FLOWS,
+            check=True,
+            timeout=90,
+        )
+        here, there = otlp.span("supervise dawn"), otlp.span("crunch work")
+    assert (
+        otlp.tree(here.trace_id)
+        == textwrap.dedent(
+            """
+        dawn
+          supervise dawn
+            child crunch
+              crunch
+                crunch work
+        """
+        ).strip()
+    )
+    assert here.process != there.process
