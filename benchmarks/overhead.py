@@ -22,13 +22,14 @@ from stage import only_server, parser
 
 from supervised import supervised_flow, supervisor
 
-IMPORT = "import time, sys; t = time.perf_counter(); import {0}; print(time.perf_counter() - t)"
+IMPORT = "import time, sys; t = time.perf_counter(); {0}; print(time.perf_counter() - t)"
+IMPORTS = ("from prefect import flow", "from prefect import flow; import supervised")
 
 
 def main() -> int:
     options = arguments()
     rows: list[dict[str, Any]] = []
-    for name in ("prefect", "prefect, supervised", "prefect", "prefect, supervised") * 5:
+    for name in IMPORTS * 15:
         row = {"figure": "import", "contender": name, "seconds": import_seconds(name)}
         rows.append({"database": None, **row})
     for database in options.databases:
@@ -50,9 +51,9 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
-def import_seconds(names: str) -> float:
-    """Import in a process of its own, prefect and all it imports lazily when flows are made."""
-    code = IMPORT.format(names)
+def import_seconds(statement: str) -> float:
+    """Import in a process of its own."""
+    code = IMPORT.format(statement)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(done.stdout)
 

@@ -27,7 +27,8 @@ General layout, every module importing only from those below it:
 
 from __future__ import annotations
 
-from supervised._child import Child
+from typing import TYPE_CHECKING, Any
+
 from supervised._context import cancelled
 from supervised._errors import (
     ChildCancelled,
@@ -50,13 +51,16 @@ from supervised._errors import (
     SupervisedError,
     TeardownError,
 )
-from supervised._finalizers import Finalizer
 from supervised._flow import SupervisedFlow, supervised_flow
-from supervised._join import AsCompleted, Children, Join
 from supervised._proxy import supervisor
 from supervised._restart import Restart
-from supervised._supervisor import Supervisor
 from supervised._types import CancelReason, Receipt, TeardownReport
+
+if TYPE_CHECKING:
+    from supervised._child import Child
+    from supervised._finalizers import Finalizer
+    from supervised._join import AsCompleted, Children, Join
+    from supervised._supervisor import Supervisor
 
 __all__ = [
     "AsCompleted",
@@ -95,9 +99,24 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
+# What only a run needs, and the annotations of those who write flows.
+_LAZY = {
+    "AsCompleted": "_join",
+    "Child": "_child",
+    "Children": "_join",
+    "Finalizer": "_finalizers",
+    "Join": "_join",
+    "Supervisor": "_supervisor",
+}
+
+
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("prefect-supervised")
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"supervised.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import prefect
 from prefect.context import FlowRunContext
-from prefect.flow_engine import run_flow, run_flow_in_subprocess
 from prefect.results import (  # type: ignore[attr-defined,unused-ignore]
     ResultRecordMetadata,  # pyright: ignore[reportPrivateImportUsage]  # moved in 3.9
 )
@@ -109,6 +108,8 @@ def run_flow_inline(flow: Flow[..., Any], flow_run: FlowRun, parameters: Mapping
     Returns:
         Its final state; for an async flow, an awaitable of it.
     """
+    from prefect.flow_engine import run_flow
+
     return run_flow(flow, flow_run=flow_run, parameters=dict(parameters), return_type="state")
 
 
@@ -125,6 +126,8 @@ def run_flow_in_process(
     Returns:
         The process, started.
     """
+    from prefect.flow_engine import run_flow_in_subprocess
+
     return run_flow_in_subprocess(
         flow, flow_run=flow_run, parameters=dict(parameters), context=context, env=dict(env)
     )

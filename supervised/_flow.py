@@ -11,19 +11,18 @@ from prefect.context import FlowRunContext
 from prefect.flows import Flow, flow
 from typing_extensions import ParamSpec
 
-from supervised import _compat, _scope
+from supervised import _compat
 from supervised._context import current_supervisor
 from supervised._hooks import HOOK_OPTIONS, normalise_hook, normalise_hooks
 from supervised._policy import check_budget, check_limit, check_seconds, resolve_on_parent
-from supervised._reap import end_what_is_left
 from supervised._restart import Restart, check_restart
-from supervised._supervisor import Supervisor
 from supervised._types import OnChildFailure, OnParent, ScopeOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from pathlib import Path
 
+    from prefect.client.schemas.objects import FlowRun, State
     from prefect.deployments.storage import ReadableDeploymentStorage  # type: ignore[import-not-found]
     from prefect.flows import FlowStateHook
     from prefect.futures import PrefectFuture
@@ -31,12 +30,25 @@ if TYPE_CHECKING:
     from prefect.runner.storage import RunnerStorage
     from prefect.task_runners import TaskRunner
 
+    from supervised._supervisor import Supervisor
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # How Prefect marks the function of a flow that is bound as a method.
 _BINDINGS = ("__prefect_self__", "__prefect_cls__")
 _FAILURE_POLICIES = ("cancel_siblings", "wait", "ignore")
+
+
+# What runs a scope is imported with the first run of one: most processes that import a flow deploy,
+# serve or list it.
+
+
+def end_what_is_left(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """End what a run launched, when its runner finds that it is gone."""
+    from supervised import _reap
+
+    _reap.end_what_is_left(flow, flow_run, state)
 
 
 class _HooksForRunners:
@@ -174,6 +186,8 @@ def _wrap_sync(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., A
         supervisor = _open(fn, options)
         if supervisor is None:
             return fn(*args, **kwargs)
+        from supervised import _scope
+
         return _scope.run_sync(supervisor, functools.partial(fn, *args, **kwargs))
 
     return supervised
@@ -185,6 +199,8 @@ def _wrap_async(fn: Callable[..., Any], options: ScopeOptions) -> Callable[..., 
         supervisor = _open(fn, options)
         if supervisor is None:
             return await fn(*args, **kwargs)
+        from supervised import _scope
+
         return await _scope.run_async(supervisor, functools.partial(fn, *args, **kwargs))
 
     return supervised
@@ -196,6 +212,8 @@ def _wrap_generator(fn: Callable[..., Any], options: ScopeOptions) -> Callable[.
         supervisor = _open(fn, options)
         if supervisor is None:
             return (yield from fn(*args, **kwargs))
+        from supervised import _scope
+
         return (yield from _scope.run_generator(supervisor, fn(*args, **kwargs)))
 
     return supervised
@@ -207,6 +225,8 @@ def _wrap_async_generator(fn: Callable[..., Any], options: ScopeOptions) -> Call
         supervisor = _open(fn, options)
         generator = fn(*args, **kwargs)
         if supervisor is not None:
+            from supervised import _scope
+
             generator = _scope.run_async_generator(supervisor, generator)
         try:
             async for item in generator:
@@ -227,6 +247,8 @@ def _open(fn: Callable[..., Any], options: ScopeOptions) -> Supervisor | None:
     current = current_supervisor.get()
     if current is not None and current.flow_run_id == context.flow_run.id:
         return None  # `flow.fn(...)`, called within a scope of this very run
+    from supervised._supervisor import Supervisor
+
     return Supervisor(options, context.flow, context)
 
 
