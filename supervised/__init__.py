@@ -27,7 +27,7 @@ General layout, every module importing only from those below it:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
 from supervised._context import cancelled
 from supervised._errors import (
@@ -56,7 +56,7 @@ from supervised._proxy import supervisor
 from supervised._restart import Restart
 from supervised._types import CancelReason, Receipt, TeardownReport
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from supervised._child import Child
     from supervised._finalizers import Finalizer
     from supervised._join import AsCompleted, Children, Join
@@ -110,7 +110,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name == "__version__":
         from importlib.metadata import version
 
