@@ -463,8 +463,8 @@ async def _conclude_async(leaving: _Exit, result: Any) -> Any:
 def _close(leaving: _Exit, verdict: _Verdict) -> concurrent.futures.Future[None] | None:
     """Close the scope; return what to wait for.
 
-    If nothing was launched, that is nothing: the control plane has only watched. To wait for its end
-    took each of eight leaves, on two busy cores, a quarter of a second.
+    If nothing was launched, that is nothing: the control plane has only watched. To wait for its
+    end took each of eight leaves, on two busy cores, a quarter of a second.
     """
     has_launched = leaving.supervisor.is_engaged
     stopped = leaving.supervisor.close(_outcome(leaving, verdict), verdict.raised)
