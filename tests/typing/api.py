@@ -6,25 +6,45 @@ from typing import Any
 from uuid import UUID
 
 from prefect import Flow, flow
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from typing_extensions import assert_type
 
 from supervised import (
     AsCompleted,
     CancelReason,
     Child,
+    ChildCancelled,
+    ChildCrashed,
+    ChildError,
+    ChildFailed,
     Children,
+    ChildTimedOut,
+    DeploymentNotFoundError,
+    DeploymentPausedError,
+    DuplicateKeyError,
     Finalizer,
+    InvalidTargetError,
     Join,
+    NoApiError,
+    NoSupervisorError,
+    ParametersError,
     Receipt,
     Restart,
+    RunNotFoundError,
+    ScopeClosedError,
+    ScopeTimeoutError,
+    ServerUnreachableError,
+    SpawnError,
+    SupervisedError,
     SupervisedFlow,
     Supervisor,
+    TeardownError,
     TeardownReport,
     cancelled,
     supervised_flow,
     supervisor,
 )
+from supervised._types import Outcome
 
 
 @supervised_flow
@@ -115,6 +135,112 @@ async def keeps_its_word() -> None:
         assert_type(report.receipts, tuple[Receipt, ...])
         assert_type(report.finalizer_errors, tuple[str, ...])
     assert_type(first.cancel_reason, CancelReason | None)
+
+
+@supervised_flow(lease_seconds=60, grace_seconds=10)
+async def uses_everything() -> None:
+    child = supervisor.spawn(
+        "flow/deployment",
+        {"x": 1},
+        name="part",
+        key="part-1",
+        tags=["nightly"],
+        job_variables={"env": {}},
+        work_queue_name="gpu",
+        on_parent={"failed": "detach"},
+    )
+    assert_type(child.name, str)
+    assert_type(child.key, str)
+    assert_type(child.target, str)
+    assert_type(child.generation, int)
+    assert_type(child.restarts, int)
+    assert_type(child.state, State[Any])
+    assert_type(child.flow_run, FlowRun | None)
+    assert_type(child.url, str | None)
+    assert_type(child.is_over, bool)
+    assert_type(child.is_detached, bool)
+    assert_type(child.exception, BaseException | None)
+    assert_type(child.requested_at, datetime | None)
+    assert_type(child.acknowledged_at, datetime | None)
+    assert_type(child.ended_at, datetime | None)
+    assert_type(child.escalations, tuple[str, ...])
+    child.add_done_callback(lambda done: print(done.outcome))
+    child.wait(timeout=1)
+    await child.wait_async(timeout=1)
+    child.cancel("no longer needed")
+    child.detach()
+    adopted: Child[Any] = supervisor.adopt(
+        str(UUID(int=1)), name="found", key="found", timeout_seconds=5, on_parent="wait"
+    )
+    assert_type(adopted.outcome, Outcome | None)
+    race = supervisor.first_success(child, adopted, timeout=5)
+    assert_type(race.losers, tuple[Child[Any], ...])
+    assert_type(race.is_lost, bool)
+    assert_type(race.children, tuple[Child[Any], ...])
+    every = supervisor.gather(child, adopted, timeout=5, return_exceptions=True)
+    assert_type(await every.aresult(timeout=1), list[Any])
+    several = supervisor.map(plain, [{"x": 1}], key="map", name="map")
+    several.wait(timeout=1)
+    assert_type(await several.aresult(raise_on_failure=False), list[str])
+    for each in supervisor.as_completed(several):
+        assert_type(each, Child[str])
+    finalizer = supervisor.on_teardown(print, "bye", end="")
+    assert_type(finalizer.name, str)
+    finalizer.remove()
+    assert_type(supervisor.flow_run_id, UUID)
+    assert_type(supervisor.flow_run, FlowRun)
+    assert_type(supervisor.children, tuple[Child[Any], ...])
+    assert_type(supervisor.is_ending, bool)
+    supervisor.cancel("enough")
+
+
+def reads(report: TeardownReport, reason: CancelReason) -> None:
+    assert_type(report.flow_name, str)
+    assert_type(report.flow_run_id, UUID)
+    assert_type(report.reason, str)
+    assert_type(report.started_at, datetime)
+    assert_type(report.seconds, float)
+    assert_type(report.unverified, tuple[Receipt, ...])
+    assert_type(report.ok, bool)
+    assert_type(report.delegated_to, UUID | None)
+    assert_type(reason.message, str)
+    assert_type(reason.child, str | None)
+    for receipt in report.receipts:
+        assert_type(receipt.name, str)
+        assert_type(receipt.flow_run_id, UUID | None)
+        assert_type(receipt.url, str | None)
+        assert_type(receipt.depth, int)
+        assert_type(receipt.seconds, float | None)
+        assert_type(receipt.escalations, tuple[str, ...])
+
+
+def errors(child: Child[int]) -> None:
+    try:
+        child.result()
+    except (ChildFailed, ChildCrashed, ChildTimedOut, ChildCancelled) as ended:
+        as_child: ChildError = ended
+        assert_type(as_child.child, str)
+        assert_type(as_child.flow_run_id, UUID | None)
+        assert_type(as_child.reason, CancelReason | None)
+        assert_type(as_child.url, str | None)
+    except (
+        InvalidTargetError,
+        DuplicateKeyError,
+        ScopeClosedError,
+        DeploymentNotFoundError,
+        RunNotFoundError,
+        DeploymentPausedError,
+        ParametersError,
+        NoApiError,
+        ServerUnreachableError,
+    ) as refused:
+        as_spawn: SpawnError = refused
+        assert_type(as_spawn.child, str | None)
+    except TeardownError as torn:
+        assert_type(torn.report, TeardownReport)
+    except (NoSupervisorError, ScopeTimeoutError) as other:
+        as_ours: SupervisedError = other
+        print(as_ours)
 
 
 def wrong() -> None:

@@ -82,3 +82,34 @@ def test_files_of_one_page_have_different_names():
     for page in PAGES:
         names = [block.name for block in python_blocks(page) if block.name]
         assert sorted(set(names)) == sorted(names)
+
+
+SHORT = {
+    "what a parent's end means": "keep-a-child-alive",
+    "what a child's failure does": "handle-failures",
+    "joiners": "join-children",
+    "restarts": "restart-children",
+    "retries and reuse": "survive-retries",
+    "isolation": "isolate-children",
+    "adoption": "adopt-runs",
+    "limits and order": "limit-and-order",
+    "finalizers": "clean-up",
+}
+
+
+@pytest.mark.parametrize("topic", SHORT)
+def test_there_is_an_example_of_ten_lines_that_runs(topic):
+    page = ROOT / "docs" / "how-to" / f"{SHORT[topic]}.md"
+    lengths = {
+        block.place: len([line for line in block.text.splitlines()[1:] if line.strip()])
+        for block in python_blocks(page)
+        if block.what in {"run", "file"}
+    }
+    assert min(lengths.values()) <= 10, lengths
+
+
+def test_of_suspension_there_is_an_example_of_ten_lines_that_runs():
+    page = ROOT / "docs" / "how-to" / "survive-retries.md"
+    (weekly,) = [block for block in python_blocks(page) if block.name == "weekly.py"]
+    assert "suspend_flow_run" in weekly.text
+    assert len([line for line in weekly.text.splitlines()[1:] if line.strip()]) <= 10
