@@ -113,7 +113,13 @@ class Stage:
             )
 
 
-@pytest.fixture(scope="module", params=["sqlite-serve", "postgresql-worker"])
+STAGES = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name))  # side by side
+    for name in ("sqlite-serve", "postgresql-worker")
+]
+
+
+@pytest.fixture(scope="module", params=STAGES)
 def stage(request, tmp_path_factory) -> Iterator[Stage]:
     """Both databases, and both kinds of runners."""
     database, kind = request.param.split("-")
