@@ -1,6 +1,6 @@
 """Checked by mypy and pyright, never run: users see for `supervised_flow` what `flow` shows."""
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID
@@ -44,7 +44,16 @@ from supervised import (
     supervised_flow,
     supervisor,
 )
-from supervised._types import Outcome
+from supervised._restart import Strategy
+from supervised._types import (
+    Action,
+    Cause,
+    Kind,
+    Outcome,
+    ReceiptStatus,
+    ScopeOptions,
+    Source,
+)
 
 
 @supervised_flow
@@ -84,6 +93,20 @@ async def calls() -> None:
     supervised: SupervisedFlow[..., str] = renamed
     as_flow: Flow[..., str] = supervised
     assert_type(as_flow(1), str)
+    assert_type(supervised.scope_options, ScopeOptions)
+    function: Callable[..., str] = supervised.unsupervised_fn
+    bare.with_options(
+        grace_seconds=5,
+        on_parent={"failed": "wait"},
+        on_child_failure="ignore",
+        max_concurrent=3,
+        lease_seconds=60,
+        restart=Restart(),
+        deadline_seconds=60,
+        requests_per_minute=100,
+    )
+    supervised_flow.from_source("https://github.com/org/repo.git", "flows.py:nightly")
+    function(1)
 
 
 @supervised_flow
@@ -152,9 +175,15 @@ async def uses_everything() -> None:
     assert_type(child.name, str)
     assert_type(child.key, str)
     assert_type(child.target, str)
+    assert_type(child.kind, Kind)
+    assert_type(child.on_parent, Mapping[Cause, Action])
+    assert_type(child.timeout_seconds, float | None)
+    task_run_id: UUID = child.task_run_id
+    print(task_run_id)
     assert_type(child.generation, int)
     assert_type(child.restarts, int)
     assert_type(child.state, State[Any])
+    assert_type(child.flow_run_id, UUID | None)
     assert_type(child.flow_run, FlowRun | None)
     assert_type(child.url, str | None)
     assert_type(child.is_over, bool)
@@ -165,10 +194,16 @@ async def uses_everything() -> None:
     assert_type(child.ended_at, datetime | None)
     assert_type(child.escalations, tuple[str, ...])
     child.add_done_callback(lambda done: print(done.outcome))
+    assert_type(child.result(timeout=1, raise_on_failure=False), Any)
+    assert_type(await child.aresult(timeout=1, raise_on_failure=False), Any)
     child.wait(timeout=1)
     await child.wait_async(timeout=1)
     child.cancel("no longer needed")
     child.detach()
+
+
+@supervised_flow
+async def joins(child: Child[Any]) -> None:
     adopted: Child[Any] = supervisor.adopt(
         str(UUID(int=1)), name="found", key="found", timeout_seconds=5, on_parent="wait"
     )
@@ -179,6 +214,9 @@ async def uses_everything() -> None:
     assert_type(race.children, tuple[Child[Any], ...])
     every = supervisor.gather(child, adopted, timeout=5, return_exceptions=True)
     assert_type(await every.aresult(timeout=1), list[Any])
+    assert_type(every.result(timeout=1), list[Any])
+    some = supervisor.quorum(1, child, adopted, timeout=5)
+    assert_type(await some, list[Any])
     several = supervisor.map(plain, [{"x": 1}], key="map", name="map")
     several.wait(timeout=1)
     assert_type(await several.aresult(raise_on_failure=False), list[str])
@@ -186,16 +224,26 @@ async def uses_everything() -> None:
         assert_type(each, Child[str])
     finalizer = supervisor.on_teardown(print, "bye", end="")
     assert_type(finalizer.name, str)
+    assert_type(finalizer.callback, Callable[..., object])
     finalizer.remove()
     assert_type(supervisor.flow_run_id, UUID)
     assert_type(supervisor.flow_run, FlowRun)
+    assert_type(supervisor.flow, Flow[..., Any])
     assert_type(supervisor.children, tuple[Child[Any], ...])
     assert_type(supervisor.is_ending, bool)
     supervisor.cancel("enough")
 
 
-def reads(report: TeardownReport, reason: CancelReason) -> None:
+def reads(report: TeardownReport, reason: CancelReason, restart: Restart) -> None:
+    assert_type(restart.max, int)
+    assert_type(restart.within_seconds, float)
+    assert_type(restart.backoff, float | Sequence[float] | Callable[[int], float])
+    assert_type(restart.strategy, Strategy)
+    Restart(max=1, within_seconds=1, backoff=0.5, strategy="rest_for_one")
+    Restart(backoff=lambda number: 2.0**number)
     assert_type(report.flow_name, str)
+    assert_type(report.cause, Cause)
+    assert_type(report.counts(), dict[ReceiptStatus, int])
     assert_type(report.flow_run_id, UUID)
     assert_type(report.reason, str)
     assert_type(report.started_at, datetime)
@@ -203,12 +251,18 @@ def reads(report: TeardownReport, reason: CancelReason) -> None:
     assert_type(report.unverified, tuple[Receipt, ...])
     assert_type(report.ok, bool)
     assert_type(report.delegated_to, UUID | None)
+    assert_type(reason.source, Source)
     assert_type(reason.message, str)
     assert_type(reason.child, str | None)
     for receipt in report.receipts:
         assert_type(receipt.name, str)
         assert_type(receipt.flow_run_id, UUID | None)
         assert_type(receipt.url, str | None)
+        assert_type(receipt.status, ReceiptStatus)
+        assert_type(receipt.reason, str)
+        assert_type(receipt.requested_at, datetime | None)
+        assert_type(receipt.acknowledged_at, datetime | None)
+        assert_type(receipt.terminal_at, datetime | None)
         assert_type(receipt.depth, int)
         assert_type(receipt.seconds, float | None)
         assert_type(receipt.escalations, tuple[str, ...])
@@ -221,6 +275,7 @@ def errors(child: Child[int]) -> None:
         as_child: ChildError = ended
         assert_type(as_child.child, str)
         assert_type(as_child.flow_run_id, UUID | None)
+        assert_type(as_child.state, State[Any] | None)
         assert_type(as_child.reason, CancelReason | None)
         assert_type(as_child.url, str | None)
     except (

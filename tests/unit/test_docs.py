@@ -84,32 +84,37 @@ def test_files_of_one_page_have_different_names():
         assert sorted(set(names)) == sorted(names)
 
 
-SHORT = {
-    "what a parent's end means": "keep-a-child-alive",
-    "what a child's failure does": "handle-failures",
-    "joiners": "join-children",
-    "restarts": "restart-children",
-    "retries and reuse": "survive-retries",
-    "isolation": "isolate-children",
-    "adoption": "adopt-runs",
-    "limits and order": "limit-and-order",
-    "finalizers": "clean-up",
-}
+SHORT = [
+    ("on_parent=", "keep-a-child-alive"),
+    ("on_child_failure=", "handle-failures"),
+    ("first_success(", "join-children"),
+    ("as_completed(", "join-children"),
+    ("restart=", "restart-children"),
+    ("key=", "spawn-deployments"),
+    ("retries=", "survive-retries"),
+    ("reuse=", "survive-retries"),
+    ("suspend_flow_run(", "survive-retries"),
+    ("isolation=", "isolate-children"),
+    ("adopt(", "adopt-runs"),
+    ("max_concurrent=", "limit-and-order"),
+    ("requests_per_minute=", "limit-and-order"),
+    ("after=", "limit-and-order"),
+    ("timeout_seconds=", "limit-and-order"),
+    ("on_teardown(", "clean-up"),
+]
 
 
-@pytest.mark.parametrize("topic", SHORT)
-def test_there_is_an_example_of_ten_lines_that_runs(topic):
-    page = ROOT / "docs" / "how-to" / f"{SHORT[topic]}.md"
-    lengths = {
-        block.place: len([line for line in block.text.splitlines()[1:] if line.strip()])
-        for block in python_blocks(page)
-        if block.what in {"run", "file"}
+def lines(block):
+    """How many lines somebody has to read: those of the directive and blank ones do not count."""
+    return len([line for line in block.text.splitlines()[1:] if line.strip()])
+
+
+@pytest.mark.parametrize(("what", "page"), SHORT)
+def test_there_is_an_example_of_ten_lines_that_runs(what, page):
+    shown = {
+        block.place: lines(block)
+        for block in python_blocks(ROOT / "docs" / "how-to" / f"{page}.md")
+        # A suspended flow is resumed by a script, which runs; the flow is in a file that is served.
+        if block.what in {"run", "file"} and what in block.text
     }
-    assert min(lengths.values()) <= 10, lengths
-
-
-def test_of_suspension_there_is_an_example_of_ten_lines_that_runs():
-    page = ROOT / "docs" / "how-to" / "survive-retries.md"
-    (weekly,) = [block for block in python_blocks(page) if block.name == "weekly.py"]
-    assert "suspend_flow_run" in weekly.text
-    assert len([line for line in weekly.text.splitlines()[1:] if line.strip()]) <= 10
+    assert min(shown.values(), default=None) in range(11), shown
