@@ -4,7 +4,7 @@
     python3 dev.py demo           a tree of real processes is cancelled, on a real server
     python3 dev.py test           the full test suite
     python3 dev.py test --fast    what needs no server, in well under two minutes
-    python3 dev.py matrix         every way a parent ends, on SQLite and PostgreSQL: 10 minutes
+    python3 dev.py matrix         every way a parent ends, on SQLite and PostgreSQL: 15 minutes
     python3 dev.py check          lint and types
 
 Anything after `test` or `matrix` goes on to pytest. The environment is `.venv` in this folder;
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         return run_tests(pytest_options(rest))
     if command == "matrix":
         prepare("test")
-        return run_tests(["-m", "matrix", "-v", "-n", "2", "--dist", "loadgroup", *rest])
+        return run_tests(["-m", "matrix", "-v", *rest])
     if command == "check":
         prepare("lint")
         return check()

@@ -113,13 +113,7 @@ class Stage:
             )
 
 
-STAGES = [
-    pytest.param(name, marks=pytest.mark.xdist_group(name))  # side by side
-    for name in ("sqlite-serve", "postgresql-worker")
-]
-
-
-@pytest.fixture(scope="module", params=STAGES)
+@pytest.fixture(scope="module", params=["sqlite-serve", "postgresql-worker"])
 def stage(request, tmp_path_factory) -> Iterator[Stage]:
     """Both databases, and both kinds of runners."""
     database, kind = request.param.split("-")
