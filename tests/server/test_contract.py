@@ -3,14 +3,11 @@
 import asyncio
 import gc
 import os
-import random
 import signal
 import sys
 import time
-from collections import Counter
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from uuid import UUID
 
 import prefect.futures
 import psutil
@@ -18,7 +15,7 @@ import pytest
 from prefect import flow, pause_flow_run, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
-from prefect.client.schemas.filters import FlowRunFilter, LogFilter
+from prefect.client.schemas.filters import LogFilter
 from prefect.deployments import arun_deployment, run_deployment
 from prefect.futures import PrefectFlowRunFuture
 from support.world import World, eventually
@@ -273,56 +270,6 @@ def test_who_is_restarted_with_a_child(server, strategy: str, again: list[str]):
 
 
 # -- retries ------------------------------------------------------------------------------------
-
-RETRIES = 50
-
-
-@pytest.mark.timeout(600)
-def test_fifty_retries_in_any_order_never_double_a_child_or_mix_results_up(deployed: World):
-    """Of ten children nine live on from attempt to attempt; the server is asked each time."""
-    dice = random.Random(7)
-    attempts: list[dict[int, UUID]] = []
-    inline, deployed_parts = {0}, range(1, 10)
-
-    def live_keys() -> Counter:
-        live = {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]}}}
-        with get_client(sync_client=True) as client:
-            runs = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(live))
-        ours = [run for run in runs if run.labels.get("supervised.parent") == str(run_ids[0])]
-        return Counter(run.labels["supervised.key"] for run in ours)
-
-    run_ids = []
-
-    @supervised_flow(retries=RETRIES)
-    async def parent():
-        run_ids.append(supervisor.flow_run_id)
-        parts = list(range(10))
-        dice.shuffle(parts)
-        children = {}
-        for part in parts:
-            children[part] = spawn(part)
-            if part in inline:
-                assert await children[part] == 2 * part
-        while any(children[part].flow_run_id is None for part in deployed_parts):
-            await asyncio.sleep(0.01)
-        attempts.append({part: children[part].flow_run_id for part in deployed_parts})
-        counted = await asyncio.to_thread(live_keys)
-        assert sorted(counted.values()) == [1] * len(deployed_parts), counted
-        if len(attempts) <= RETRIES:
-            raise RuntimeError("once more")
-        for part in deployed_parts:
-            deployed.tell(f"finish-{part}")
-            assert await children[part] == 10 * part
-
-    def spawn(part):
-        if part in inline:
-            return supervisor.spawn(double, {"x": part})
-        given = {**leaf(deployed, part), "waits": True}
-        return supervisor.spawn("persisted/test", given, on_parent={"failed": "detach"})
-
-    asyncio.run(parent())
-    assert len(attempts) == RETRIES + 1
-    assert all(attempt == attempts[0] for attempt in attempts), "the same runs, by key"
 
 
 def test_a_parent_that_was_suspended_finds_its_children(deployed: World):
