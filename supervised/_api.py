@@ -154,13 +154,17 @@ class Orchestrator(Protocol):
     budget: RequestBudget
     pace: Pace
 
-    async def read_deployment(self, target: str | UUID) -> Deployment: ...
+    async def read_deployment(
+        self, target: str | UUID, is_wanted: Callable[[], bool] = ...
+    ) -> Deployment | None: ...
 
     async def create_deployment_run(
         self, deployment: Deployment, request: RunRequest
     ) -> FlowRun | None: ...
 
-    async def create_inline_run(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun: ...
+    async def create_inline_run(
+        self, flow: Flow[..., Any], request: RunRequest
+    ) -> FlowRun | None: ...
 
     async def read_runs(self, run_ids: Iterable[UUID]) -> list[FlowRun]: ...
 
@@ -238,18 +242,30 @@ class PrefectOrchestrator:
         self._bulk_creation = BulkCreation(client, self._one_write, self.read_runs, _tracking_task)
         self._creations = Batches(self._create_in_bulk, limit=BULK_CREATION_LIMIT)
         self._one_alone = anyio.Lock()
+        self._one_inline = anyio.Lock()
 
     async def close(self) -> None:
         """Create nothing more; the client belongs to who opened it."""
         await self._creations.close()
 
-    async def read_deployment(self, target: str | UUID) -> Deployment:
+    async def read_deployment(
+        self, target: str | UUID, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Deployment | None:
         """Return a deployment by id or by *flow/deployment* name, looked up every few seconds.
+
+        Args:
+            target: The id or the name.
+            is_wanted: Tells, when its turn has come, whether anybody still wants to know.
+
+        Returns:
+            The deployment; `None` if nobody wants to know any more.
 
         Raises:
             DeploymentNotFoundError: If the server has none.
         """
         async with self._lookup:
+            if not is_wanted():
+                return None
             until, deployment = self._deployments.get(target, (0.0, None))
             if deployment is None or until < monotonic():
                 deployment = await self._write(lambda: self._find(target))
@@ -326,13 +342,18 @@ class PrefectOrchestrator:
             ),
         )
 
-    async def create_inline_run(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun:
-        """Create the run of a flow that is about to run in this process.
+    async def create_inline_run(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun | None:
+        """Create the run of a flow that is about to run in this process, if somebody wants it.
 
         Prefect's engine would create it without labels or key, and would hand a retried parent
         another child's result, because it matches by position (flow_engine.py,
         `load_subflow_run`); under a run of ours it does neither.
         """
+        # One is created before the next is begun: it can run while the others wait.
+        async with self._one_inline:
+            return await self._create_inline(flow, request) if request.begin() else None
+
+    async def _create_inline(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun:
         parent = await self._track(_tracking_task(flow), request)
         if flow.name not in self._flow_ids:
             self._flow_ids[flow.name] = await self._write(

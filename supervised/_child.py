@@ -479,9 +479,23 @@ class Child(PrefectFuture[R], Generic[R]):
                 self.requested_at = _clock.utc_now()
                 if self.span is not None:
                     self.span.cancel_requested(reason)
-        if self.attempt.is_queued:
-            self.settle("cancelled")
+            attempt = self.attempt
+            is_unrequested = attempt.is_queued or not (
+                attempt.was_requested or self._flow_run is not None or self.kind == "adopted"
+            )
+        if is_unrequested:  # there is nothing to ask the server for
+            self.settle("cancelled", of=None if attempt.is_queued else attempt)
         return True
+
+    def begin_request(self) -> bool:
+        """Take note that a run is about to be requested; false if nobody wants it any more.
+
+        One whose request was not answered may have been carried out; only asking again tells.
+        """
+        with self._lock:
+            attempt = self.attempt
+            attempt.was_requested |= not (attempt.is_over or self.cancel_reason is not None)
+            return attempt.was_requested
 
     def note_escalation(self, step: str) -> None:
         """Record what had to be done beyond the first request."""
@@ -681,7 +695,9 @@ class Child(PrefectFuture[R], Generic[R]):
         if self._outcome == "detached":
             return "was detached: it goes on, and nobody here hears how it ends."
         if self._outcome == "timed_out":
-            return f"timed out: {state.message or state.name}"
+            reason = self.cancel_reason
+            is_ours = reason is not None and reason.source == "deadline"
+            return f"timed out: {reason if is_ours else state.message or state.name}"
         verb = "crashed" if self._outcome == "crashed" else "failed"
         if self.restarts:
             verb += f" after {self.restarts} restart(s)"

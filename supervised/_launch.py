@@ -548,7 +548,9 @@ async def _create(api: Orchestrator, child: Child[Any], spec: LaunchSpec) -> Flo
 async def _create_deployed(
     api: Orchestrator, child: Child[Any], spec: LaunchSpec, target: str | UUID
 ) -> FlowRun | None:
-    deployment = await api.read_deployment(target)
+    deployment = await api.read_deployment(target, functools.partial(_is_wanted, child))
+    if deployment is None:
+        return None
     if deployment.paused:
         raise DeploymentPausedError(
             f"Deployment {deployment.name!r} is paused, so nothing would pick the run up. "
@@ -571,9 +573,8 @@ async def _create_inline(
     api: Orchestrator, child: Child[Any], spec: LaunchSpec, flow: Flow[..., Any]
 ) -> FlowRun | None:
     parameters = bind_parameters(flow, spec.parameters)
-    if not _begin(child):
-        return None
-    request = attrs.evolve(_request(child, spec), parameters=parameters)
+    begin = functools.partial(_begin, child)
+    request = attrs.evolve(_request(child, spec), parameters=parameters, begin=begin)
     return await api.create_inline_run(flow, request)
 
 
@@ -631,9 +632,7 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 
 def _begin(child: Child[Any]) -> bool:
     """Whether to create the child's run; from then on the server may know it."""
-    wanted = _is_wanted(child)
-    child.attempt.was_requested |= wanted
-    return wanted
+    return child.begin_request()
 
 
 def _is_wanted(child: Child[Any]) -> bool:
@@ -641,12 +640,7 @@ def _is_wanted(child: Child[Any]) -> bool:
 
     A request that was not answered may have been carried out; only asking again tells.
     """
-    attempt = child.attempt
-    if attempt.was_requested:
-        return True
-    if child.cancel_reason is not None:
-        child.settle("cancelled", of=attempt)
-    return not attempt.is_over
+    return child.attempt.was_requested or not child.attempt.is_over
 
 
 def _request(

@@ -158,6 +158,11 @@ def is_over(run: FlowRun) -> bool:
     return run.state is not None and run.state.is_final()
 
 
+def has_process(run: FlowRun) -> bool:
+    """Whether a run has a process of its own: a deployment's, or one that was submitted ad hoc."""
+    return run.deployment_id is not None or run.work_pool_name is not None
+
+
 def cause_of(state: State) -> Cause:
     """Return how a run that is over ended, as its children see it."""
     if state.type == StateType.COMPLETED:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from supervised import _clock
+from supervised._policy import has_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +82,10 @@ class Target:
     @property
     def runs_remotely(self) -> bool:
         """Whether a runner elsewhere owns the process, so that asking the server helps."""
-        return self.run is not None and self.run.deployment_id is not None
+        if self.run is None:
+            return False
+        is_adopted = self.child is not None and self.child.kind == "adopted"
+        return is_adopted or has_process(self.run)
 
     @property
     def has_own_process(self) -> bool:

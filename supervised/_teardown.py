@@ -18,7 +18,14 @@ from prefect.utilities.urls import url_for
 
 from supervised import _clock, _identity, _telemetry
 from supervised._log import get_logger
-from supervised._policy import HARD_CAUSES, Budget, is_over, outcome_of, receipt_status
+from supervised._policy import (
+    HARD_CAUSES,
+    Budget,
+    has_process,
+    is_over,
+    outcome_of,
+    receipt_status,
+)
 from supervised._targets import Target, Targets
 from supervised._types import Action, CancelReason, Cause, Kind, Receipt, TeardownReport
 
@@ -439,13 +446,13 @@ class Teardown:
         depth = 1
         while frontier := {run_id for run_id in frontier if not self._is_left_alone(run_id)}:
             found = await self._api.read_children(frontier)
-            inline = [run for run in found if run.deployment_id is None and not is_over(run)]
+            inline = [run for run in found if not has_process(run) and not is_over(run)]
             parents = await self._api.read_parents(inline) if inline else {}
             known = self._known_children()
             for run in found:
                 if run.labels.get(_identity.DETACHED):
                     self._spare(run.id)
-                elif is_over(run) and run.deployment_id is not None:
+                elif is_over(run) and has_process(run):
                     self._gone.add(run.id)
                 if run.id not in seen and not is_over(run):
                     self._take_run(run, known, depth=depth, parent_id=parents.get(run.id))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from supervised import _identity
-from supervised._policy import is_over
+from supervised._policy import has_process, is_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,7 @@ async def read_tree(api: Orchestrator, run_id: UUID) -> Node | None:
 
 def place(run: FlowRun) -> str:
     """Return where a run executes, as far as the server knows."""
-    if run.deployment_id is None:
+    if not has_process(run):
         return "inline"
     return "/".join(part for part in (run.work_pool_name, run.work_queue_name) if part) or "runner"
 

@@ -189,7 +189,11 @@ class FakeOrchestrator:
 
         return await self.call(propose)
 
-    async def read_deployment(self, target: str | UUID) -> Deployment:
+    async def read_deployment(
+        self, target: str | UUID, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Deployment | None:
+        if not is_wanted():
+            return None
         found = await self.call(lambda: self._server.find_deployment(target))
         if found is None:
             raise DeploymentNotFoundError(
@@ -212,7 +216,9 @@ class FakeOrchestrator:
             is_linked=request.is_linked,
         )
 
-    async def create_inline_run(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun:
+    async def create_inline_run(self, flow: Flow[..., Any], request: RunRequest) -> FlowRun | None:
+        if not request.begin():
+            return None
         return await self._create(flow.name, request, state=Pending())
 
     async def _create(

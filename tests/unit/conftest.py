@@ -24,7 +24,7 @@ def _make_child(**overrides):
         "ask_detach": lambda child: None,
     }
     child = Child(**{**options, **overrides})
-    child.attempt.is_queued = False
+    child.attempt.is_queued, child.attempt.was_requested = False, True
     return child
 
 

@@ -192,6 +192,7 @@ def test_a_harder_end_reaches_a_teardown_that_waits_beside_a_child_that_is_being
     waited = make_child(key="waited", on_parent=dict.fromkeys(get_args(Cause), "wait"))
     waited.assign_run(FlowRun(id=uuid4(), flow_id=uuid4(), state=Running()))
     launching = make_child(key="launching")
+    launching.attempt.was_requested = False
 
     async def play(api):
         teardown = Teardown(

@@ -434,9 +434,9 @@ def test_a_slow_launch_that_others_do_not_wait_for_makes_no_second_run(monkeypat
     flaky, slow = fails_once(takes=30), []
     read = FakeOrchestrator.read_deployment
 
-    async def read_slowly(self, target):
+    async def read_slowly(self, target, *is_wanted):
         await asyncio.sleep(9 if slow else 0)
-        return await read(self, target)
+        return await read(self, target, *is_wanted)
 
     monkeypatch.setattr(FakeOrchestrator, "read_deployment", read_slowly)
 
