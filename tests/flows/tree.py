@@ -131,6 +131,9 @@ def _launch(folder: str, part: int, target: str) -> object:
         "plain": lambda: run_deployment("leaf/test", parameters=given, timeout=0),
         "within-plain": lambda: launches_plainly(folder, part),
         "detached": lambda: supervisor.spawn("leaf/test", given, on_parent="detach").key,
+        "detached mid": lambda: (
+            supervisor.spawn("mid/test", {"folder": folder, "leaves": 2}, on_parent="detach").key
+        ),
         "waited": lambda: (
             supervisor.spawn("mid/test", {"folder": folder}, on_parent={"failed": "wait"}).key
         ),

@@ -145,6 +145,26 @@ def test_a_detached_child_is_left_alone(deployed: World) -> None:
     assert deployed.run(detached.id).state.is_completed()
 
 
+@pytest.mark.parametrize("way", ["cancelled", "failed"])
+def test_a_detached_mid_keeps_its_own_subtree_and_another_takes_its_own_along(
+    deployed: World, way: str
+) -> None:
+    root = deployed.start("root/test", children=["detached mid", "mid/test"])
+    deployed.wait_for_start(8)
+    deployed.cancel(root.id) if way == "cancelled" else deployed.tell("raise")
+    eventually(lambda: deployed.is_over(root.id), seconds=SOON, what="the tree is over")
+    eventually(lambda: len(deployed.alive()) == 3, seconds=SOON, what="one subtree is left")
+    kept = [deployed.run(run_id) for run_id in deployed.alive()]
+    assert all(run.state.is_running() for run in kept)
+    (middle,) = [run for run in kept if run.labels.get("supervised.detached")]
+    below = {run.id for run in deployed.tree(middle.id)[1:]}
+    assert below == {run.id for run in kept} - {middle.id}
+    for part in range(3):
+        deployed.tell(f"finish-{part}")
+    eventually(lambda: not deployed.alive(), seconds=SOON, what="it ends by itself")
+    assert deployed.run(middle.id).state.is_completed()
+
+
 def test_children_that_were_starting_are_closed(deployed: World) -> None:
     """A run that is cancelled while its process starts is left in `Cancelling` by Prefect."""
     root = deployed.start("root/test", children=LEAVES)
