@@ -48,6 +48,7 @@ except ImportError:  # Python 3.10
 _SLACK_SECONDS = 5.0
 _CLOSE_SECONDS = 3.0
 _LOAD_SECONDS = 10.0
+_CHECK_SECONDS = 2.0
 
 
 def run_sync(supervisor: Supervisor, body: Callable[[], Any]) -> Any:
@@ -383,6 +384,7 @@ async def _leave_async(supervisor: Supervisor, result: Any, exc: BaseException |
 
 def _tidy_sync(leaving: _Exit) -> None:
     """See what must be seen while the control plane is there."""
+    concurrent.futures.wait([leaving.supervisor.attempt_checked()], timeout=_CHECK_SECONDS)
     if leaving.cause is None:
         for child in leaving.supervisor.end_processes():
             child.wait(leaving.supervisor.grace_seconds)
@@ -392,6 +394,9 @@ def _tidy_sync(leaving: _Exit) -> None:
 
 async def _tidy_async(leaving: _Exit) -> None:
     """See what must be seen while the control plane is there."""
+    checked = asyncio.wrap_future(leaving.supervisor.attempt_checked())
+    with anyio.CancelScope(shield=True):
+        await asyncio.wait([checked], timeout=_CHECK_SECONDS)
     if leaving.cause is None:
         with anyio.CancelScope(shield=True):
             for child in leaving.supervisor.end_processes():

@@ -987,6 +987,22 @@ class Supervisor(Joiners):
         """Whether the scope around this one has spawned its run: a later attempt makes its own."""
         return self.outer is not None and _identity.is_ours(self._run)
 
+    def attempt_checked(self) -> concurrent.futures.Future[None]:
+        """Return a future that is done once it is known whether a later attempt has begun.
+
+        Only who has launched children elsewhere asks: they end with what this one writes.
+        """
+        with self._lock:
+            if self._lease is None or self._plane is None or self._released:
+                return _done()
+            return self._plane.submit(self._check_attempt)
+
+    async def _check_attempt(self, services: Services) -> None:
+        try:
+            await self.check_superseded(services)
+        except Exception:
+            logger.debug("Could not see whether a later attempt has begun", exc_info=True)
+
     async def check_superseded(self, services: Services) -> bool:
         """Tell whether a later attempt of the run has begun, or of one that has called it plainly.
 

@@ -202,7 +202,6 @@ def test_the_failure_of_a_copy_that_was_replaced_is_neither_written_nor_retried(
     replaced(world, queue, older)
 
 
-@pytest.mark.xfail(reason="it reads its run only if something is to be ended", strict=False)
 @pytest.mark.parametrize("older", ["awaits, raises", "awaits, returns"])
 def test_nor_is_any_end_of_it_if_there_was_nothing_left_to_end(
     world: World, queue: str, older: str
@@ -269,8 +268,9 @@ def test_a_parent_whose_runner_was_killed_finds_its_children_under_another(
         assert deployed.alive() == alive
         finish(deployed, first[:2])
         deployed.tell("finish-3")
+        # While the runner is there: one that is ended cancels what has just completed.
         eventually(lambda: deployed.run(run.id).state.is_final(), seconds=SOON, what="it is over")
-    assert deployed.run(run.id).state.result() == [0, 1, 30]
+        assert deployed.run(run.id).state.result() == [0, 1, 30]
     assert all(len(runs) == 1 for runs in generations(deployed, queue).values())
 
 
@@ -449,16 +449,10 @@ def test_a_live_run_that_was_detached_comes_before_the_result_of_an_older_one(
 
 # -- fifty attempts -----------------------------------------------------------------------------
 
-ATTEMPTS = int(os.environ.get("ATTEMPTS", "50"))
-THERE, HERE, REUSED = range(7), range(7, 10), {0, 1, 2, 3, 4, 7, 8}
-FATES = {
-    "scheduled": (),
-    "running": (Running,),
-    "still running": (Running,),
-    "failed": (Failed,),
-    "cancelled": (Cancelled,),
-    "completed": (),
-}
+ATTEMPTS = 50
+THERE, HERE, REUSED = range(6), range(6, 10), {0, 1, 2, 3, 4, 6, 7, 8}
+FATES = [*["running", "scheduled", "completed"] * 3, "failed", "cancelled"]
+STATES = {"running": [Running], "failed": [Failed], "cancelled": [Cancelled]}
 
 
 class OnceMore(Exception):
@@ -476,6 +470,7 @@ class Story:
         self.dice = random.Random(seed)
         self.name = f"part-{uuid4()}"
         self.attempts = 0
+        self.is_ending = False
         self.keys: dict[int, str] = {}
         self.failing: set[int] = set()
         self.seen: set[tuple[int, str]] = set()
@@ -492,13 +487,14 @@ class Story:
     async def attempt(self) -> None:
         """What the parent does once."""
         self.attempts += 1
+        self.is_ending = False
         is_last = self.attempts == ATTEMPTS
         parts = [*THERE, *HERE]
         self.dice.shuffle(parts)
         # All of the dice is asked for in this order, so that a seed tells the same story again.
-        lost = {part for part in parts if self.dice.random() < 0.2}
+        lost = {part for part in parts if self.dice.random() < 0.1}
         self.failing = {part for part in parts if self.dice.random() < 0.3}
-        fates = {part: "completed" if is_last else self.dice.choice([*FATES]) for part in parts}
+        fates = {part: "completed" if is_last else self.dice.choice(FATES) for part in parts}
         before = await asyncio.to_thread(self.runs, lost)
         children = {part: self.spawn(part) for part in parts}
         while any(child.flow_run_id is None and not child.is_over for child in children.values()):
@@ -509,6 +505,7 @@ class Story:
         for part in [*completed, *HERE]:
             with contextlib.suppress(ChildFailed) if part in HERE else contextlib.nullcontext():
                 assert await children[part] == f"{part} of {children[part].flow_run_id}"
+        self.is_ending = True
         if not is_last:
             raise OnceMore
 
@@ -534,7 +531,7 @@ class Story:
         reuse = "completed" if part in REUSED else "never"
         if part in HERE:
             return supervisor.spawn(self.inline, {"x": part}, key=key, reuse=reuse)
-        policy = {"failed": self.dice.choice(["detach", "detach", "cancel"])}
+        policy = {"failed": self.dice.choice(["detach", "cancel"])}
         target = f"{self.name}/test"
         return supervisor.spawn(target, {"x": part}, key=key, reuse=reuse, on_parent=policy)
 
@@ -556,7 +553,7 @@ class Story:
             run = runs[self.keys[part]][-1]
             assert run.id == children[part].flow_run_id
             if not run.state.is_final():
-                set_state(self.world, run.id, *(state() for state in FATES[fates[part]]))
+                set_state(self.world, run.id, *(state() for state in STATES.get(fates[part], ())))
                 if fates[part] == "completed":
                     complete(self.world, run.id, f"{part} of {run.id}")
                     completed.append(part)
@@ -565,6 +562,8 @@ class Story:
         return completed
 
     def finish_cancelled(self, client: SyncPrefectClient) -> None:
+        if not self.is_ending:
+            return
         named = FlowFilter.model_validate({"name": {"any_": [self.name]}})
         ending = FlowRunFilter.model_validate({"state": {"type": {"any_": ["CANCELLING"]}}})
         for run in client.read_flow_runs(flow_filter=named, flow_run_filter=ending):
@@ -584,7 +583,7 @@ def what_becomes_of(run: FlowRun, part: int) -> str:
 def impatient(monkeypatch):
     """Prefect waits 2 s after each write that SQLite refuses, and as long for a lost result."""
     monkeypatch.setattr(
-        prefect.client.base, "clamped_poisson_interval", lambda seconds, _: seconds / 20
+        prefect.client.base, "clamped_poisson_interval", lambda seconds, _: seconds / 100
     )
     monkeypatch.setattr(prefect.states, "RESULT_READ_RETRY_DELAY", 0.01)
 
