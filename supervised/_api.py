@@ -448,6 +448,7 @@ class PrefectOrchestrator:
         from further up.
         """
         found: dict[UUID, FlowRun] = {}
+        overlap = back = max(1, _PAGE // 10)
         offset = 0
         while True:
             page = await self._client.read_flow_runs(
@@ -457,12 +458,12 @@ class PrefectOrchestrator:
                 offset=offset,
             )
             if offset and (not page or page[0].id not in found):
-                offset = max(0, offset - _PAGE + 1)
+                offset, back = max(0, offset - back), 2 * back
                 continue
             found.update((run.id, run) for run in page)
             if len(page) < _PAGE or len(found) >= at_most:
                 return list(found.values())
-            offset += _PAGE - 1
+            offset, back = offset + _PAGE - overlap, overlap
 
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]:
         """Propose `Cancelling` to many runs, 50 a request.

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import date, time, timedelta
@@ -26,7 +27,8 @@ from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 
 _BUILT_IN = (int, float, complex, str, bytes)
 _SECRETS = (Secret, SecretStr, SecretBytes)
-_PLAIN = (int, float, complex, str, bytes, Decimal, UUID, date, time, timedelta, PurePath)
+_SIMPLE = {int, float, complex, str, bytes, bool, type(None)}
+_PLAIN = (range, int, float, complex, str, bytes, Decimal, UUID, date, time, timedelta, PurePath)
 
 
 def digest(*values: Any) -> str | None:
@@ -49,24 +51,25 @@ def closure(fn: FunctionType) -> tuple[Any, ...]:
 
     Only what cannot change: a function that counts its calls is the same before and after.
     """
-    return _made_with(fn, frozenset())
+    return _made_with(fn, set())
 
 
-def _made_with(fn: FunctionType, seen: frozenset[FunctionType]) -> tuple[Any, ...]:
+def _made_with(fn: FunctionType, seen: set[FunctionType]) -> tuple[Any, ...]:
+    """Return what a function was made with; each function that it leads to counts once."""
+    seen.add(fn)
     defaults = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
-    inside = seen | {fn}
-    cells = (_unchanging(cell, inside) for cell in fn.__closure__ or ())
-    return (*cells, *(_fixed(value, inside) for value in defaults))
+    cells = [_unchanging(cell, seen) for cell in fn.__closure__ or ()]
+    return (*cells, *(_fixed(value, seen) for value in defaults))
 
 
-def _unchanging(cell: CellType, seen: frozenset[FunctionType]) -> Any:
+def _unchanging(cell: CellType, seen: set[FunctionType]) -> Any:
     try:
         return _fixed(cell.cell_contents, seen)
     except ValueError:  # not filled yet
         return None
 
 
-def _fixed(value: Any, seen: frozenset[FunctionType]) -> Any:
+def _fixed(value: Any, seen: set[FunctionType]) -> Any:
     """Return a value that cannot change as it is, and the name of any other's type."""
     if value is None or isinstance(value, (*_PLAIN, *_SECRETS, enum.Enum)):
         return value
@@ -111,7 +114,11 @@ def _items(value: Any) -> Any:
         raise TypeError("to look at it would be to empty it")
     if isinstance(value, AbstractSet):
         return sorted((_parts(each) for each in value), key=json.dumps)
-    if isinstance(value, Sequence) and not isinstance(value, memoryview):
+    if isinstance(value, (bytearray, memoryview, array)):
+        return [getattr(value, "typecode", ""), hashlib.sha256(value).hexdigest()]
+    if isinstance(value, (list, tuple)) and {type(each) for each in value} <= _SIMPLE:
+        return repr([*value])  # at once: there may be millions
+    if isinstance(value, Sequence):
         return [_parts(each) for each in value]
     return _pickled(value)
 

@@ -487,14 +487,14 @@ class Child(PrefectFuture[R], Generic[R]):
             self.settle("cancelled", of=None if attempt.is_queued else attempt)
         return True
 
-    def begin_request(self) -> bool:
+    def begin_request(self, attempt: Attempt) -> bool:
         """Take note that a run is about to be requested; false if nobody wants it any more.
 
         One whose request was not answered may have been carried out; only asking again tells.
         """
         with self._lock:
-            attempt = self.attempt
-            attempt.was_requested |= not (attempt.is_over or self.cancel_reason is not None)
+            is_wanted = attempt is self.attempt and self.cancel_reason is None
+            attempt.was_requested |= is_wanted and not attempt.is_over
             return attempt.was_requested
 
     def note_escalation(self, step: str) -> None:

@@ -6,7 +6,6 @@ import functools
 import json
 import struct
 import sys
-import traceback
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -123,7 +122,7 @@ class Finished:
             message=None if state.message is None else sys.intern(state.message),
             storage_key=None if data is None else data.storage_key,
             value=child.local_value,
-            exception=_without_locals(child.exception),
+            exception=child.exception,
         )
 
     @property
@@ -200,19 +199,6 @@ class Finished:
 _BY_ITSELF = {"completed", "failed", "crashed", "timed_out"}
 _KEY = "storage_key"
 _NUMBERS = struct.Struct("16s16s16sdd")
-
-
-def _without_locals(exc: BaseException | None) -> BaseException | None:
-    """Let go of what the frames of an exception hold: that may be all that the flow has loaded."""
-    seen: set[int] = set()
-    todo = [exc]
-    while todo:
-        each = todo.pop()
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            traceback.clear_frames(each.__traceback__)
-            todo += [each.__cause__, each.__context__]
-    return exc
 
 
 def _leave_alone(*_: object) -> None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import contextvars
     from collections.abc import Awaitable, Callable, Sequence
 
-    from supervised._child import Child
+    from supervised._child import Attempt, Child
     from supervised._restart import Restart
     from supervised._types import Reuse, ScopeOptions, SpawnOptions
 
@@ -285,9 +285,10 @@ class Launcher:
                 await self._wait_for_its_turn(child, spec)
             if attempt.is_over:
                 return None
-            run = await patiently(lambda: self._adopt_earlier(child, spec)) or await patiently(
-                lambda: self._create(child, spec)
-            )
+            run = await patiently(lambda: self._adopt_earlier(child, spec))
+            if child.attempt is not attempt:
+                return None  # restarted meanwhile: the run is the next attempt's to take
+            run = run or await patiently(lambda: self._create(child, spec, attempt))
         except SpawnError as exc:
             exc.child = child.name
             child.settle("failed", exception=exc, of=attempt)
@@ -299,7 +300,7 @@ class Launcher:
             failure.__cause__ = exc
             child.settle("failed", exception=failure, of=attempt)
             return None
-        if run is not None:
+        if run is not None and child.attempt is attempt:
             child.assign_run(run)
         return run
 
@@ -397,10 +398,11 @@ class Launcher:
         is_first = self._run.run_count <= 1 and _identity.LEASE not in self._run.labels
         if child.restarts or is_first:
             return None
+        attempt = child.attempt
         known = (await self._read_earlier()).get(child.key)
         # Read again: it may have ended since.
         (earlier,) = (await self._api.read_runs([known.id]) if known else None) or (None,)
-        if earlier is None or earlier.state is None:
+        if earlier is None or earlier.state is None or child.attempt is not attempt:
             return None
         child.generation = _generation(earlier)
         if await self._may_take(child, earlier, spec):
@@ -412,19 +414,31 @@ class Launcher:
         """Return the last run of every key that earlier attempts have left, read once."""
         async with self._reading_earlier:
             if self._earlier is None:
-                runs = await self._api.read_children([self._run.id])
-                runs.sort(key=_generation)
+                linked = await self._api.read_children([self._run.id])
+                # What was detached has lost its link, and keeps its tag.
+                tagged = await self._api.read_tagged(self._lineage.tag, live_only=True)
+                let_go = [run for run in tagged if self._was_let_go(run)]
+                runs = sorted([*linked, *let_go], key=_generation)
                 self._earlier = {str(run.labels.get(_identity.KEY)): run for run in runs}
             return self._earlier
 
-    async def _create(self, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
+    def _was_let_go(self, run: FlowRun) -> bool:
+        """Whether a run was detached by an earlier attempt of this one."""
+        made = _identity.spawn_of(run.labels)
+        is_detached = bool(run.labels.get(_identity.DETACHED))
+        is_own = made is not None and made[0] == self._run.id
+        return is_own and is_detached and _identity.is_ours(run)
+
+    async def _create(
+        self, child: Child[Any], spec: LaunchSpec, attempt: Attempt
+    ) -> FlowRun | None:
         """Create the run, under the first generation of its key that has not been used up.
 
         The server answers with the run that it has if the key was used before.
         """
         while True:
             await self._require_current()
-            run = await _create(self._api, child, spec)
+            run = await _create(self._api, child, spec, attempt)
             if run is None or await self._may_take(child, run, spec):
                 return run
             child.generation += 1
@@ -539,17 +553,20 @@ def _generation(run: FlowRun) -> int:
     return int(run.labels.get(_identity.GENERATION, 0))
 
 
-async def _create(api: Orchestrator, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
+async def _create(
+    api: Orchestrator, child: Child[Any], spec: LaunchSpec, attempt: Attempt
+) -> FlowRun | None:
     if isinstance(spec.target, Flow):
-        return await _create_inline(api, child, spec, spec.target)
-    return await _create_deployed(api, child, spec, spec.target)
+        return await _create_inline(api, child, spec, attempt, spec.target)
+    return await _create_deployed(api, child, spec, attempt, spec.target)
 
 
 async def _create_deployed(
-    api: Orchestrator, child: Child[Any], spec: LaunchSpec, target: str | UUID
+    api: Orchestrator, child: Child[Any], spec: LaunchSpec, attempt: Attempt, target: str | UUID
 ) -> FlowRun | None:
-    deployment = await api.read_deployment(target, functools.partial(_is_wanted, child))
-    if deployment is None:
+    is_wanted = functools.partial(_is_wanted, attempt)
+    deployment = await api.read_deployment(target, is_wanted)
+    if deployment is None or not is_wanted():
         return None
     if deployment.paused:
         raise DeploymentPausedError(
@@ -564,16 +581,20 @@ async def _create_deployed(
             f"It takes: {', '.join(deployment.parameters or ()) or 'none'}."
         )
     request = _request(child, spec, deployment)
-    is_wanted, begin = functools.partial(_is_wanted, child), functools.partial(_begin, child)
+    begin = functools.partial(child.begin_request, attempt)
     asked = attrs.evolve(request, is_wanted=is_wanted, begin=begin)
     return await api.create_deployment_run(deployment, asked)
 
 
 async def _create_inline(
-    api: Orchestrator, child: Child[Any], spec: LaunchSpec, flow: Flow[..., Any]
+    api: Orchestrator,
+    child: Child[Any],
+    spec: LaunchSpec,
+    attempt: Attempt,
+    flow: Flow[..., Any],
 ) -> FlowRun | None:
     parameters = bind_parameters(flow, spec.parameters)
-    begin = functools.partial(_begin, child)
+    begin = functools.partial(child.begin_request, attempt)
     request = attrs.evolve(_request(child, spec), parameters=parameters, begin=begin)
     return await api.create_inline_run(flow, request)
 
@@ -630,17 +651,12 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def _begin(child: Child[Any]) -> bool:
-    """Whether to create the child's run; from then on the server may know it."""
-    return child.begin_request()
-
-
-def _is_wanted(child: Child[Any]) -> bool:
+def _is_wanted(attempt: Attempt) -> bool:
     """Whether there is anything to launch, or something may have been.
 
     A request that was not answered may have been carried out; only asking again tells.
     """
-    return child.attempt.was_requested or not child.attempt.is_over
+    return attempt.was_requested or not attempt.is_over
 
 
 def _request(

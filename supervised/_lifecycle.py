@@ -284,11 +284,15 @@ class Lifecycle:
         reason = CancelReason(source="deadline", message=message)
         self._disarm_deadline(child)
         self._timers[child.key] = asyncio.get_running_loop().call_later(
-            max(0.0, child.timeout_seconds - age), self.cancel, child, reason
+            max(0.0, child.timeout_seconds - age), self._expire, child, child.attempt, reason
         )
         plane = self._plane
         assert plane is not None
         child.when_over(lambda: plane.call_soon(lambda: self._disarm_deadline(child)))
+
+    def _expire(self, child: Child[Any], attempt: Attempt, reason: CancelReason) -> None:
+        if child.attempt is attempt and not attempt.is_over:  # or it is the next one's time
+            self.cancel(child, reason)
 
     def _disarm_deadline(self, child: Child[Any]) -> None:
         if (timer := self._timers.pop(child.key, None)) is not None:

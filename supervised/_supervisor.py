@@ -147,6 +147,7 @@ class Supervisor(Joiners):
         self._lease: LeaseHolder | None = None
         self._leasing = anyio.Lock()
         self.failures: list[Child[Any]] = []
+        self._culprit: Child[Any] | None = None  # whose failure ends the scope
         self._pool = SlotPool()
         self._finalizers = Finalizers()
         self._closed = False
@@ -639,10 +640,10 @@ class Supervisor(Joiners):
             if self._teardown is not None and not self._is_outdated(self._teardown):
                 self._hurry(cause, reason)
                 return self._teardown
+            self._launches_seen = compat.plain_launches(self._context)
             if self._has_nothing_to_end(reason):
                 self._ending = (cause, reason)
                 return _done()
-            self._launches_seen = compat.plain_launches(self._context)
             self._ending = (cause, reason)
             self._tearing = None
             self._registry.ban(describe_ban(reason))
@@ -869,21 +870,23 @@ class Supervisor(Joiners):
         )
         if self._span is not None:
             self._span.culprit = child.span
+        self._culprit = child
         self.begin_teardown("failed", reason)
         if not child.delivered:
             self.body.interrupt()
 
     def _on_unheard(self, child: Child[Any]) -> None:
         """End a body that had waited for the failure that ends the scope, and waits no more."""
-        if self._ending is None or self._ending[1].child != child.name or child.is_raced:
+        if child is not self._culprit:
             return
         is_signalled = self.host.termination_intent() is not None
         if self.body.loop is not None and self.own.cancellation is None and not is_signalled:
             self.body.interrupt()
 
     def _begin_race(self, race: Join[Any]) -> None:
-        plane, _ = self.engage()
-        plane.submit(lambda _: race.expire_in_time())
+        with self._lock:
+            if not self._closed:
+                self.engage()[0].submit(lambda _: race.expire_in_time())
 
     # -- the run's own end -----------------------------------------------------------------------
 
@@ -952,9 +955,11 @@ class Supervisor(Joiners):
             return
         async with self._leasing:  # in turn: who came first is launched first
             if self._lease is None and self._plane is not None:
-                lease = LeaseHolder(services.api, self._run, self.options.lease_seconds)
+                # Known before it is renewed: it may be dropped meanwhile.
+                self._lease = lease = LeaseHolder(
+                    services.api, self._run, self.options.lease_seconds
+                )
                 await lease.renew()
-                self._lease = lease
                 self._plane.submit(lambda _: lease.hold())
 
     def _drop_lease(self) -> None:

@@ -43,6 +43,7 @@ _PAGE = 200  # what one request reads: to read some of it alone saves nothing
 _POLLS = 3  # of which the quickest counts: one may have waited for a server that was starting anew
 _POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02
+_MOST_REST_SECONDS = 1.0
 _REST = 5.0  # times what a read has taken, before the next: reads then take a sixth of the time
 _RECONNECT_SECONDS = 2.0
 _REOPEN_SECONDS = 0.25  # scopes that begin together share one stream, not one each after the other
@@ -267,7 +268,8 @@ class Watcher:
             began = _clock.monotonic()
             was_read = await self.refresh(hinted)
             # Hundreds that end one after the other are not read one after the other.
-            rested = _clock.monotonic() + _REST * (_clock.monotonic() - began)
+            now = _clock.monotonic()
+            rested = now + min(_REST * (now - began), _MOST_REST_SECONDS)
             if not was_read:
                 await anyio.sleep(_POLL_WITHOUT_EVENTS_SECONDS)
                 for run_id in hinted:

@@ -420,7 +420,6 @@ def test_results_are_reused_in_any_order_and_never_another_childs(world: World, 
         assert old.labels["supervised.key"] == new.labels["supervised.key"]
 
 
-@pytest.mark.xfail(reason="earlier runs are found by a link that a detached one has lost")
 def test_a_live_run_that_was_detached_comes_before_the_result_of_an_older_one(
     world: World, queue: str
 ):

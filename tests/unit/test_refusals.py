@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections import Counter
 
 import pytest
-from prefect import flow
 from prefect.states import Cancelled, Crashed, Failed
 
 from supervised import supervised_flow, supervisor
@@ -108,30 +106,3 @@ def test_of_many_children_that_end_badly_together_what_they_left_is_looked_for_t
             prefect.server.propose(child.id, state(message="by itself"))
         prefect.until(lambda: not run.is_alive, within=120)
         assert requests.total() < 40
-
-
-def test_a_failed_child_that_is_over_keeps_nothing_of_what_its_code_had_in_hand():
-    class Loaded:
-        """What a flow has read."""
-
-    loaded, alive = [], []
-
-    @flow
-    async def explode(part):
-        table = Loaded()
-        loaded.append(weakref.ref(table))
-        raise RuntimeError(part)
-
-    @supervised_flow(on_child_failure="ignore")
-    async def parent():
-        for part in range(5):
-            supervisor.spawn(explode, {"part": part})
-        await asyncio.sleep(60)
-        alive.extend(each() for each in loaded)
-        return [child.exception.args for child in supervisor.children]
-
-    with FakePrefect() as prefect:
-        run = prefect.start(parent)
-        prefect.until(lambda: not prefect.alive, within=300)
-        assert run.state.is_completed()
-    assert alive == [None] * 5
