@@ -17,6 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import LogFilter
 from prefect.deployments import arun_deployment, run_deployment
+from prefect.exceptions import Abort
 from prefect.futures import PrefectFlowRunFuture
 from support.world import World, eventually
 
@@ -367,7 +368,7 @@ def test_a_key_that_stands_for_other_work_after_a_retry_gives_no_wrong_result(de
 
 def test_an_attempt_that_was_replaced_launches_and_cancels_nothing(deployed: World):
     """Somebody runs the same run again elsewhere: what the first attempt has is the second's."""
-    refused = []
+    refused, kept_runs = [], []
 
     @supervised_flow
     async def parent():
@@ -382,7 +383,7 @@ def test_an_attempt_that_was_replaced_launches_and_cancels_nothing(deployed: Wor
             await late
         except Exception as exc:
             refused.append(str(exc))
-        return kept.flow_run_id
+        kept_runs.append(kept.flow_run_id)
 
     def begin_again(run_id):
         from prefect.states import AwaitingRetry, Running
@@ -391,8 +392,10 @@ def test_an_attempt_that_was_replaced_launches_and_cancels_nothing(deployed: Wor
             client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
             client.set_flow_run_state(run_id, Running(), force=True)
 
-    kept = asyncio.run(parent())
+    with pytest.raises(Abort):
+        asyncio.run(parent())
     assert "later attempt" in refused[0]
+    (kept,) = kept_runs
     assert list(deployed.alive()) == [str(kept)], "what it had launched goes on, and nothing else"
 
 

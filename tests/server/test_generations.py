@@ -351,7 +351,7 @@ def test_a_run_that_is_still_being_cancelled_is_ended_first(world: World, queue:
         assert len(generations(world, queue)["one"]) == 1
         set_state(world, run_id, Cancelled())
 
-    @supervised_flow(retries=1, grace_seconds=1)
+    @supervised_flow(retries=1, grace_seconds=5)
     async def parent():
         child = supervisor.spawn(queue, {"x": 1}, key="one")
         if began:
