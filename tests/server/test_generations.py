@@ -582,7 +582,7 @@ def what_becomes_of(run: FlowRun, part: int) -> str:
 def impatient(monkeypatch):
     """Prefect waits 2 s after each write that SQLite refuses, and as long for a lost result."""
     monkeypatch.setattr(
-        prefect.client.base, "clamped_poisson_interval", lambda seconds, _: seconds / 100
+        prefect.client.base, "clamped_poisson_interval", lambda seconds, _: seconds / 4
     )
     monkeypatch.setattr(prefect.states, "RESULT_READ_RETRY_DELAY", 0.01)
 
