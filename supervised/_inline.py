@@ -170,12 +170,7 @@ class InlineRun:
         """Return our own exception for parameters that the flow's types refuse."""
         if self._began or not isinstance(exc, ParameterTypeError):
             return exc
-        refused = ParametersError(
-            f"Parameters {sorted(self._parameters)} do not fit flow {self._flow.name!r}: {exc}",
-            child=self._child.name,
-        )
-        refused.__cause__ = exc
-        return refused
+        return refused(self._child, self._flow, self._parameters, exc)
 
     def _ended_by(self, exc: BaseException) -> None:
         """Settle a child whose engine raised instead of returning a state."""
@@ -255,6 +250,20 @@ class InlineRun:
 def _own_timeout(flow: Flow[..., Any], started: float) -> bool:
     limit = flow.timeout_seconds
     return limit is not None and _clock.monotonic() - started >= limit - min(0.25, limit / 10)
+
+
+def refused(
+    child: Child[Any],
+    flow: Flow[..., Any],
+    parameters: Mapping[str, Any],
+    cause: ParameterTypeError,
+) -> ParametersError:
+    """Return our own exception for parameters that a flow's types refuse."""
+    error = ParametersError(
+        f"Parameters {sorted(parameters)} do not fit flow {flow.name!r}: {cause}", child=child.name
+    )
+    error.__cause__ = cause
+    return error
 
 
 def uncancel() -> None:

@@ -29,8 +29,8 @@ from prefect.states import Cancelled
 
 from supervised import _compat as compat
 from supervised._control import wait_in_slices
-from supervised._errors import ParametersError, SpawnError, text_of
-from supervised._inline import run_cancellation_hooks, run_hooks, uncancel
+from supervised._errors import SpawnError, text_of
+from supervised._inline import refused, run_cancellation_hooks, run_hooks, uncancel
 from supervised._log import get_logger
 from supervised._policy import outcome_of
 
@@ -231,10 +231,7 @@ class ProcessRun:
         try:
             self._flow.validate_parameters(dict(self._parameters))
         except ParameterTypeError as exc:
-            raise ParametersError(
-                f"Parameters {sorted(self._parameters)} do not fit flow {self._flow.name!r}: {exc}",
-                child=self._child.name,
-            ) from exc
+            raise refused(self._child, self._flow, self._parameters, exc) from exc
 
     def _prepared(self) -> Flow[..., Any]:
         """Return a copy of the flow whose function works with this side."""
