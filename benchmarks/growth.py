@@ -3,8 +3,9 @@
 CPU time of this process, on a simulated server, so that only the code of supervision and of the
 simulation counts: launching the children, hearing of their ends, and cancelling as many. Without
 Python's garbage collector, and with it: that looks through all objects now and then, and most of
-them are the simulated server's. Memory is what is left when that has forgotten its runs; for that
-its answers are parsed from JSON, as those of a real one are, and every child persists a result.
+them are the simulated server's. Memory is what is left when that has forgotten its runs, while the
+children live and when they have ended in one of three ways; for that its answers are parsed from
+JSON, as those of a real one are, and every child that completes persists a result.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ import logging
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
-from prefect.client.schemas.objects import FlowRun
+from meter import in_a_process_of_its_own
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.results import ResultRecordMetadata
-from prefect.states import Completed, Pending, Running
+from prefect.states import Cancelled, Completed, Failed, Pending, Running
 
 from supervised import supervised_flow, supervisor
 from supervised.testing import FakePrefect
 from supervised.testing._client import FakeOrchestrator
+from supervised.testing._fake import FakeRun
 
 LONG = 10**6
 
@@ -44,10 +49,10 @@ def main() -> int:
                 row = {"children": children, "collector": collector}
                 rows.append({**row, **grow(children, cancel=cancel)})
                 sys.stderr.write(f"{rows[-1]}\n")
-    answer_in_json()
-    tracemalloc.start(1)
-    rows.append({"memory": options.memory, **grow(options.memory, cancel=False)})
-    sys.stderr.write(f"{rows[-1]}\n")
+    for of in ENDS:
+        weight = in_a_process_of_its_own(weigh, of, options.memory)
+        rows.append({"memory": options.memory, "of": of, "bytes": weight})
+        sys.stderr.write(f"{rows[-1]}\n")
     json.dump(rows, sys.stdout, indent=2)
     return 0
 
@@ -56,11 +61,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--children", type=int, nargs="*", default=[10, 100, 1_000, 10_000])
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--memory", type=int, default=2_000, help="children in the tree weighed")
+    parser.add_argument("--memory", type=int, default=5_000, help="children in the tree weighed")
     return parser.parse_args()
 
 
-@supervised_flow
+@supervised_flow(on_child_failure="ignore")
 async def parent(children: int) -> None:
     """Launch children and keep no handle."""
     for part in range(children):
@@ -68,41 +73,63 @@ async def parent(children: int) -> None:
     await asyncio.sleep(LONG)
 
 
-def grow(children: int, *, cancel: bool) -> dict[str, Any]:
-    """Play one tree; return the seconds of CPU a child, or its bytes if memory is traced."""
-    with FakePrefect() as prefect:
-        prefect.deploy("root/test", parent, runner="root")
-        prefect.deploy("score/gpu", runner="nobody")
-        prefect.runners["nobody"].kill()
-        before = traced()
+def grow(children: int, *, cancel: bool) -> dict[str, float]:
+    """Play one tree; return the seconds of CPU a child."""
+    with tree(children) as (prefect, root, others, started):
         began = time.process_time()
-        root = prefect.start("root/test", {"children": children})
-        prefect.until(lambda: len(prefect.server.runs) == children + 1, within=LONG)
-        prefect.advance(1)
-        seconds = {"launch": (time.process_time() - began) / children}
-        live = traced() - before
-        others = [run_id for run_id in prefect.server.runs if run_id != root.id]
-        began = time.process_time()
+        launch = began - started
         if cancel:
             root.cancel()
             prefect.until(lambda: not root.is_alive, within=LONG)
         else:
-            for run_id in others:
-                for state in (Pending(), Running(), Completed(data=result(run_id))):
-                    prefect.server.propose(run_id, state)
-            prefect.advance(30)
-        seconds["cancel" if cancel else "finish"] = (time.process_time() - began) / children
-        if not tracemalloc.is_tracing():
-            return seconds
-        servers = traced()
+            end(prefect, others, "finished")
+        ended = time.process_time() - began
+    return {"launch": launch / children, "cancel" if cancel else "finish": ended / children}
+
+
+def weigh(of: str, children: int) -> int:
+    """Weigh the children of one tree when the simulated server has forgotten its runs."""
+    logging.disable(logging.CRITICAL)
+    grow(10, cancel=False)
+    answer_in_json()
+    tracemalloc.start(1)
+    before = traced()
+    with tree(children) as (prefect, _, others, _):
+        end(prefect, others, of)
         forget(prefect, others)
         others.clear()
-        finished = traced()
-        servers -= finished
-        return {
-            "bytes of a live child": round((live - servers) / children),
-            "bytes of a finished child": round((finished - before) / children),
-        }
+        return round((traced() - before) / children)
+
+
+@contextmanager
+def tree(children: int) -> Iterator[tuple[FakePrefect, FakeRun, list[UUID], float]]:
+    """Launch a parent with its children, whom nobody serves; the CPU time says since when."""
+    with FakePrefect() as prefect:
+        prefect.deploy("root/test", parent, runner="root")
+        prefect.deploy("score/gpu", runner="nobody")
+        prefect.runners["nobody"].kill()
+        started = time.process_time()
+        root = prefect.start("root/test", {"children": children})
+        prefect.until(lambda: len(prefect.server.runs) == children + 1, within=LONG)
+        prefect.advance(1)
+        others = [run_id for run_id in prefect.server.runs if run_id != root.id]
+        yield prefect, root, others, started
+
+
+def end(prefect: FakePrefect, runs: list[UUID], how: str) -> None:
+    """Set runs to what they go through, and have their parent hear of it."""
+    for run_id in runs:
+        for state in ENDS[how](run_id):
+            prefect.server.propose(run_id, state)
+    prefect.advance(30)
+
+
+ENDS: dict[str, Callable[[UUID], list[State]]] = {
+    "live": lambda _: [Pending(), Running()],
+    "finished": lambda run_id: [Pending(), Running(), Completed(data=result(run_id))],
+    "failed": lambda run_id: [Pending(), Running(), Failed(message=f"part {run_id} is bad")],
+    "cancelled": lambda _: [Cancelled(message="Cancelled by hand.")],
+}
 
 
 def result(run_id: UUID) -> ResultRecordMetadata:

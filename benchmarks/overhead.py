@@ -1,6 +1,6 @@
 """What a supervised flow costs that launches nothing, and what one inline child costs.
 
-`python benchmarks/overhead.py [--flows 40]`. Flows are run in turns, plain and supervised, against
+`python benchmarks/overhead.py [--flows 120]`. Flows are run in turns, plain and supervised, against
 one server, so that both see the same machine; the import is timed in processes of its own.
 """
 
@@ -8,27 +8,41 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import timeit
 from typing import Any
 
-from meter import metered
+from meter import in_a_process_of_its_own, metered
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import TracerProvider
 from prefect import flow
 from stage import only_server, parser
 
 from supervised import supervised_flow, supervisor
+from supervised._telemetry import ChildSpan, SupervisorSpan
 
 IMPORT = "import time, sys; t = time.perf_counter(); {0}; print(time.perf_counter() - t)"
 IMPORTS = ("from prefect import flow", "from prefect import flow; import supervised")
 
 
+SPANS = 2_000
+
+
 def main() -> int:
     options = arguments()
     rows: list[dict[str, Any]] = []
+    for has_sdk in (False, True):
+        seconds = in_a_process_of_its_own(spans, has_sdk)
+        for name, each in seconds.items():
+            row = {"figure": "span", "sdk": has_sdk, "contender": name, "seconds": each}
+            rows.append({"database": None, **row})
     for name in IMPORTS * 15:
         row = {"figure": "import", "contender": name, "seconds": import_seconds(name)}
         rows.append({"database": None, **row})
@@ -37,8 +51,8 @@ def main() -> int:
             for _ in range(3):  # the first ones open connections
                 plain()
                 ours()
-            for _ in range(options.flows):
-                rows += [{"database": database, **row} for row in compare_flows()]
+            for number in range(options.flows):
+                rows += [{"database": database, **row} for row in compare_flows(number)]
             rows += [{"database": database, **row} for row in compare_children(options.flows)]
     json.dump(rows, sys.stdout, indent=2)
     show(rows)
@@ -47,7 +61,7 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     made = parser(__doc__)
-    made.add_argument("--flows", type=int, default=40)
+    made.add_argument("--flows", type=int, default=120)
     return made.parse_args()
 
 
@@ -56,6 +70,48 @@ def import_seconds(statement: str) -> float:
     code = IMPORT.format(statement)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(done.stdout)
+
+
+def spans(has_sdk: bool) -> dict[str, float]:
+    """Return the seconds of a bare span and of a child's, from its start to its end."""
+    if has_sdk:
+        trace.set_tracer_provider(TracerProvider())
+    tracer = trace.get_tracer("bench")
+    scope = SupervisorSpan(
+        flow_name="bench",
+        flow_run_id="1",
+        function="bench",
+        on_child_failure="ignore",
+        grace_seconds=20,
+        context=Context(),
+        start_ns=time.time_ns(),
+    )
+
+    def bare() -> None:
+        span = tracer.start_span("child", attributes={"name": "child"})
+        span.add_event("running")
+        span.end()
+
+    def ours() -> None:
+        span = ChildSpan(
+            scope,
+            name="child",
+            kind="deployment",
+            flow_name="score",
+            deployment_name="score/gpu",
+            generation=0,
+            detached=False,
+            start_ns=time.time_ns(),
+        )
+        span.created("1")
+        span.running()
+        span.end("completed", state=None, exception=None, end_ns=time.time_ns())
+
+    contenders = {
+        "a bare span with one event": bare,
+        "a child's, with its events and metrics": ours,
+    }
+    return {name: timeit.timeit(make, number=SPANS) / SPANS for name, make in contenders.items()}
 
 
 @flow
@@ -70,9 +126,11 @@ def ours() -> int:
     return threading.active_count()
 
 
-def compare_flows() -> list[dict[str, Any]]:
+def compare_flows(number: int) -> list[dict[str, Any]]:
+    """Run one of each; who goes first changes every time."""
     rows = []
-    for name, each in (("plain Prefect", plain), ("supervised", ours)):
+    both = [("plain Prefect", plain), ("supervised", ours)]
+    for name, each in both if number % 2 else reversed(both):
         with metered() as meter:
             threads = each()
         row = {"seconds": meter.seconds, "requests": meter.requests.total(), "threads": threads}
@@ -86,6 +144,10 @@ async def started() -> float:
     return time.perf_counter()
 
 
+async def spawned(number: int) -> float:
+    return await supervisor.spawn(started, key=str(number))
+
+
 def compare_children(count: int) -> list[dict[str, Any]]:
     """From the call, or the spawn, until the child's body begins: in turns, in one parent."""
 
@@ -95,14 +157,11 @@ def compare_children(count: int) -> list[dict[str, Any]]:
         await supervisor.spawn(started, key="first")
         rows = []
         for number in range(count):
-            began = time.perf_counter()
-            direct = await started() - began
-            began = time.perf_counter()
-            spawned = await supervisor.spawn(started, key=str(number)) - began
-            rows += [
-                {"figure": "inline", "contender": "plain Prefect", "seconds": direct},
-                {"figure": "inline", "contender": "supervised", "seconds": spawned},
-            ]
+            both = [("plain Prefect", started), ("supervised", functools.partial(spawned, number))]
+            for name, begin in both if number % 2 else reversed(both):
+                began = time.perf_counter()
+                seconds = await begin() - began
+                rows.append({"figure": "inline", "contender": name, "seconds": seconds})
         return rows
 
     return asyncio.run(parent())
