@@ -8,7 +8,9 @@ General layout, every module importing only from those below it:
 - `_lifecycle`: one child's life, from its launch to what it leaves behind.
 - `_orphans`, `_reap`, `_tree`: the same from outside: finding, ending and showing what is left.
 - `_teardown`, `_launch`, `_watch`: the three things the control plane does for children.
-- `_targets`: what a teardown has to end.
+- `_escalation`, `_asking`, `_reading`, `_discovery`: what a teardown does, in turns.
+- `_grace`, `_search`, `_receipts`: how long it may take, where it looks, what it tells of a run.
+- `_mandate`, `_targets`: what is to become of whom, and how far each has come.
 - `_own_run`, `_link`, `_lease`: and for the run itself: its cancellation, its parent, its life.
 - `_process`, `_inline`, `_body`: code that runs here: a child's, and the flow's own.
 - `_restart`, `_slots`, `_finalizers`: who begins again, how many run at once, what else must end.

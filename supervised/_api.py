@@ -7,10 +7,11 @@ Every call raises `httpx.TransportError` if the server cannot be reached.
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
@@ -19,6 +20,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import FlowRunCreate, StateCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterEndTime,
     FlowRunFilterId,
     FlowRunFilterParentFlowRunId,
     FlowRunFilterState,
@@ -32,7 +34,15 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Cancelled, Crashed, Failed, Pending, Scheduled, to_state_create
+from prefect.states import (
+    Cancelled,
+    Cancelling,
+    Crashed,
+    Failed,
+    Pending,
+    Scheduled,
+    to_state_create,
+)
 from prefect.tasks import Task
 from prefect.utilities.slugify import slugify
 
@@ -66,9 +76,12 @@ LIVE_STATES = [
     StateType.PAUSED,
     StateType.CANCELLING,
 ]
+_OVER_STATES = [state for state in StateType if state not in LIVE_STATES]
 _PAGE = 200  # the server's maximum for reads
+_COUNTED = 1_000  # ids in one request that counts: it has 40 KB, and a database takes 32,766
 _LABEL_ATTEMPTS = 5
 _UNAUTHORIZED = 401
+_TRY_AGAIN = {408, 429}
 _DEPLOYMENT_SECONDS = 10.0  # after which somebody may have paused it, or served another version
 
 
@@ -148,6 +161,10 @@ def closing(as_: Closing, message: str) -> State[Any]:
     return {"cancelled": Cancelled, "crashed": Crashed, "failed": Failed}[as_](message=message)
 
 
+Visit: TypeAlias = "Callable[[list[FlowRun]], Awaitable[None]]"
+"""What is called with each page of runs."""
+
+
 class Orchestrator(Protocol):
     """What supervision needs of Prefect."""
 
@@ -172,6 +189,17 @@ class Orchestrator(Protocol):
 
     async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]: ...
 
+    async def visit_children(
+        self,
+        parents: Sequence[UUID],
+        visit: Visit,
+        *,
+        only: Literal["live", "over"] | None = None,
+        since: datetime | None = None,
+    ) -> None: ...
+
+    async def count_ended(self, parent: UUID, among: Sequence[UUID] | None = None) -> int: ...
+
     async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]: ...
 
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]: ...
@@ -180,7 +208,9 @@ class Orchestrator(Protocol):
         self, run_id: UUID, message: str, *, as_: Closing = "cancelled"
     ) -> State | None: ...
 
-    async def nudge(self, run_id: UUID) -> None: ...
+    async def close_runs(self, run_ids: Sequence[UUID], message: str) -> list[Ack]: ...
+
+    async def nudge(self, run_ids: Sequence[UUID]) -> None: ...
 
     async def server_time(self) -> datetime | None: ...
 
@@ -268,7 +298,7 @@ class PrefectOrchestrator:
                 return None
             until, deployment = self._deployments.get(target, (0.0, None))
             if deployment is None or until < monotonic():
-                deployment = await self._write(lambda: self._find(target))
+                deployment = await self._find(target)
                 until = monotonic() + _DEPLOYMENT_SECONDS
                 self._deployments[target] = (until, deployment)
             return deployment
@@ -425,9 +455,37 @@ class PrefectOrchestrator:
         """Return the direct children of these runs, by Prefect's own parent link."""
         found: list[FlowRun] = []
         for chunk in _chunks(parents, _PAGE):
-            below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=chunk))
-            found += await self._read(below)
+            found += await self._read(_children_of(chunk))
         return found
+
+    async def visit_children(
+        self,
+        parents: Sequence[UUID],
+        visit: Visit,
+        *,
+        only: Literal["live", "over"] | None = None,
+        since: datetime | None = None,
+    ) -> None:
+        """Read the direct children of these runs, and keep none: there may be 100,000.
+
+        Args:
+            parents: The runs, so many that one request may name them all.
+            visit: Called with each page as it comes; a run may be on more than one.
+            only: Leave the others out.
+            since: By the server's clock: leave out what had ended before, and what has not ended.
+        """
+        await self._read_pages(_children_of(parents, only=only, since=since), visit)
+
+    async def count_ended(self, parent: UUID, among: Sequence[UUID] | None = None) -> int:
+        """Return how many direct children of a run are over: of these runs, or of all."""
+        ended = _children_of([parent], only="over")
+        if among is None:
+            return await self._client.count_flow_runs(flow_run_filter=ended)
+        count = 0
+        for chunk in _chunks(among, _COUNTED):
+            ended.id = FlowRunFilterId(any_=chunk)
+            count += await self._client.count_flow_runs(flow_run_filter=ended)
+        return count
 
     async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]:
         """Return the id of each run's parent run, for those that have one."""
@@ -441,13 +499,24 @@ class PrefectOrchestrator:
         return {run: owners[task] for run, task in tracked.items() if task in owners}
 
     async def _read(self, run_filter: FlowRunFilter, *, at_most: float = math.inf) -> list[FlowRun]:
+        found: dict[UUID, FlowRun] = {}
+
+        async def keep(page: list[FlowRun]) -> None:
+            found.update((run.id, run) for run in page)
+
+        await self._read_pages(run_filter, keep, at_most=at_most)
+        return list(found.values())
+
+    async def _read_pages(
+        self, run_filter: FlowRunFilter, visit: Visit, *, at_most: float = math.inf
+    ) -> None:
         """Read all pages of what a filter chooses.
 
         Runs leave a filter for live ones while its pages are read, and all that come after them
         move up. So every page begins with a run that is known; one that does not is read again
         from further up.
         """
-        found: dict[UUID, FlowRun] = {}
+        known: set[UUID] = set()
         overlap = back = max(1, _PAGE // 10)
         offset = 0
         while True:
@@ -457,12 +526,13 @@ class PrefectOrchestrator:
                 limit=_PAGE,
                 offset=offset,
             )
-            if offset and (not page or page[0].id not in found):
+            if offset and (not page or page[0].id not in known):
                 offset, back = max(0, offset - back), 2 * back
                 continue
-            found.update((run.id, run) for run in page)
-            if len(page) < _PAGE or len(found) >= at_most:
-                return list(found.values())
+            known.update(run.id for run in page)
+            await visit(page)
+            if len(page) < _PAGE or len(known) >= at_most:
+                return
             offset, back = offset + _PAGE - overlap, overlap
 
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]:
@@ -471,16 +541,20 @@ class PrefectOrchestrator:
         Never forced: a forced `Cancelling` resurrects a run that is over. The server turns a
         run that has not started straight into `Cancelled`, and leaves a terminal one alone.
         """
+        return await self._propose(run_ids, Cancelling(message=message))
+
+    async def _propose(self, run_ids: Sequence[UUID], state: State[Any]) -> list[Ack]:
+        """Propose a state to many runs, in chunks; one run's refusal is no other's."""
         acks: list[Ack] = []
         for chunk in _chunks(run_ids, CHUNK):
-            acks += await self._cancel_chunk(chunk, message)
+            acks += await self._propose_to_chunk(chunk, state)
         return acks
 
-    async def _cancel_chunk(self, run_ids: list[UUID], message: str) -> list[Ack]:
-        state = StateCreate(type=StateType.CANCELLING, name="Cancelling", message=message)
+    async def _propose_to_chunk(self, run_ids: list[UUID], state: State[Any]) -> list[Ack]:
+        proposed = StateCreate(type=state.type, name=state.name, message=state.message)
         body = {
             "flow_runs": {"id": {"any_": [str(run_id) for run_id in run_ids]}},
-            "state": state.model_dump(mode="json", exclude_unset=True),
+            "state": proposed.model_dump(mode="json", exclude_unset=True),
             "limit": CHUNK,
         }
         if self._bulk:
@@ -488,14 +562,14 @@ class PrefectOrchestrator:
                 response = await self._client.request("POST", _BULK_ROUTE, json=body)
             except PrefectHTTPStatusError as exc:
                 if exc.response.status_code not in {403, 404, 405, 501}:
-                    return await self._cancel_halves(run_ids, message, exc)
+                    return await self._propose_to_halves(run_ids, state, exc)
                 self._bulk = False  # before 3.6.16, or not offered here
             else:
                 return _read_acks(run_ids, response.json()["results"])
-        return [await self._cancel_one(run_id, state) for run_id in run_ids]
+        return [await self._propose_to_one(run_id, state) for run_id in run_ids]
 
-    async def _cancel_halves(
-        self, run_ids: list[UUID], message: str, exc: PrefectHTTPStatusError
+    async def _propose_to_halves(
+        self, run_ids: list[UUID], state: State[Any], exc: PrefectHTTPStatusError
     ) -> list[Ack]:
         """Ask for all but those that the server fails at: one run must not keep 49 others alive.
 
@@ -507,13 +581,12 @@ class PrefectOrchestrator:
         if len(run_ids) == 1:
             return [Ack(run_ids[0], None, _detail(exc))]
         middle = len(run_ids) // 2
-        first = await self._cancel_chunk(run_ids[:middle], message)
-        return first + await self._cancel_chunk(run_ids[middle:], message)
+        first = await self._propose_to_chunk(run_ids[:middle], state)
+        return first + await self._propose_to_chunk(run_ids[middle:], state)
 
-    async def _cancel_one(self, run_id: UUID, state: StateCreate) -> Ack:
-        proposed = State(type=StateType.CANCELLING, name="Cancelling", message=state.message)
+    async def _propose_to_one(self, run_id: UUID, state: State[Any]) -> Ack:
         try:
-            answer = await self._client.set_flow_run_state(run_id, proposed)
+            answer = await self._client.set_flow_run_state(run_id, state)
         except ObjectNotFound:
             return Ack(run_id, None, "the server no longer knows the run")
         except PrefectHTTPStatusError as exc:
@@ -532,20 +605,19 @@ class PrefectOrchestrator:
         """Write a last state over a run that is known to have no process."""
         return (await self._client.set_flow_run_state(run_id, closing(as_, message))).state
 
-    async def nudge(self, run_id: UUID) -> None:
-        """Tell runners once more that a run is to be cancelled, without touching its state.
+    async def close_runs(self, run_ids: Sequence[UUID], message: str) -> list[Ack]:
+        """Write `Cancelled` over many runs that are known to have no process."""
+        return await self._propose(run_ids, closing("cancelled", message))
+
+    async def nudge(self, run_ids: Sequence[UUID]) -> None:
+        """Tell runners once more that runs are to be cancelled, without touching their states.
 
         A runner drops the notice of a run whose process it has not registered yet, and never
         looks again (runner/_cancellation_manager.py, "no process was found").
         """
-        event = {
-            "id": str(uuid4()),
-            "occurred": utc_now().isoformat(),
-            "event": "prefect.flow-run.Cancelling",
-            "resource": {"prefect.resource.id": f"prefect.flow-run.{run_id}"},
-            "payload": {"supervised": "repeated for a runner that was not ready"},
-        }
-        await self._client.request("POST", "/events", json=[event])
+        for chunk in _chunks(run_ids, CHUNK):
+            events = [_notice(run_id) for run_id in chunk]
+            await self._client.request("POST", "/events", json=events)
 
     async def server_time(self) -> datetime | None:
         """Return the time by the server's clock; `None` if it does not tell."""
@@ -609,20 +681,22 @@ class PrefectOrchestrator:
         `any_resource`, because the server does not apply `related` to live streams. The stream
         may drop, repeat, replay and end; it never proves anything.
         """
-        of_runs = EventNameFilter(prefix=[_RUN_EVENTS])
         chosen = EventAnyResourceFilter(id=list(resources))
-        async with _stream(EventFilter(event=of_runs, any_resource=chosen)) as events:
+        async with _stream(EventFilter(event=_CHANGES, any_resource=chosen)) as events:
             yield events
 
     @asynccontextmanager
     async def subscribe_all(self) -> AsyncIterator[AsyncIterator[RunEvent]]:
         """Open a stream of the changes of state of all runs; see `subscribe`."""
-        of_runs = EventNameFilter(prefix=[_RUN_EVENTS])
-        async with _stream(EventFilter(event=of_runs)) as events:
+        async with _stream(EventFilter(event=_CHANGES)) as events:
             yield events
 
 
-_RUN_EVENTS = "prefect.flow-run."
+# Who has created a run knows of it. That hundreds of them are there took the server, which was
+# still creating others, and this process 2 ms each to tell.
+_CHANGES = EventNameFilter(
+    prefix=["prefect.flow-run."], exclude_name=["prefect.flow-run.Scheduled"]
+)
 
 
 @asynccontextmanager
@@ -647,20 +721,54 @@ async def _run_events(events: AsyncIterator[Event]) -> AsyncIterator[RunEvent]:
             )
 
 
+def _children_of(
+    parents: Sequence[UUID],
+    *,
+    only: Literal["live", "over"] | None = None,
+    since: datetime | None = None,
+) -> FlowRunFilter:
+    """Return a filter for the direct children of these runs, by Prefect's own parent link."""
+    chosen = FlowRunFilter(
+        parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=list(parents)),
+    )
+    if only is not None:
+        types = LIVE_STATES if only == "live" else _OVER_STATES
+        chosen.state = FlowRunFilterState(type=FlowRunFilterStateType(any_=types))
+    if since is not None:
+        chosen.end_time = FlowRunFilterEndTime.model_validate({"after_": since})
+    return chosen
+
+
 def _nothing() -> None:
     """Stand in for the function of a tracking task, which never runs."""
 
 
 def _tracking_task(target: Deployment | Flow[..., Any]) -> Task[..., Any]:
     """Return the task whose runs link children to their parent."""
-    task = Task[..., Any](name=target.name, fn=_nothing, version=target.version)
-    task.task_key = f"supervised.spawn.{slugify(target.name)}"
+    return _tracking_task_named(target.name, target.version)
+
+
+@functools.lru_cache
+def _tracking_task_named(name: str, version: str | None) -> Task[..., Any]:
+    task = Task[..., Any](name=name, fn=_nothing, version=version)
+    task.task_key = f"supervised.spawn.{slugify(name)}"
     return task
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterable[list[T]]:
     everything = list(items)
     return (everything[start : start + size] for start in range(0, len(everything), size))
+
+
+def _notice(run_id: UUID) -> dict[str, Any]:
+    """Return the event that runners hear of when a run is to be cancelled."""
+    return {
+        "id": str(uuid4()),
+        "occurred": utc_now().isoformat(),
+        "event": "prefect.flow-run.Cancelling",
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run_id}"},
+        "payload": {"supervised": "repeated for a runner that was not ready"},
+    }
 
 
 def _read_acks(run_ids: Sequence[UUID], results: list[dict[str, Any]]) -> list[Ack]:
@@ -689,6 +797,14 @@ def _parameter_types(found: DeploymentResponse) -> dict[str, str | None] | None:
 
 
 _TYPE_WORDS = ("type", "$ref", "anyOf", "allOf", "oneOf", "enum", "const")
+
+
+def is_refusal(exc: Exception) -> bool:
+    """Whether the server will refuse a request again that it has refused with this."""
+    if not isinstance(exc, PrefectHTTPStatusError):
+        return False
+    status = exc.response.status_code
+    return status in range(400, 500) and status not in _TRY_AGAIN
 
 
 def _detail(exc: PrefectHTTPStatusError) -> str:

@@ -1,4 +1,4 @@
-"""What is asked for in the same instant, asked for in one request."""
+"""What is asked for in the same instant, asked for in one request, or acted upon in one go."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+H = TypeVar("H", bound="Hashable")
 
 _AT_ONCE = 2  # while one answer is being read, the server has something to do
 _COLLECT_SECONDS = 0.01  # in which a loop that spawns has spawned dozens
+_MOST_COLLECT_SECONDS = 0.5
 
 
 class Batches(Generic[T, R]):
@@ -130,3 +132,46 @@ class Batches(Generic[T, R]):
                 answer.set_exception(result)
             else:
                 answer.set_result(result)
+
+
+class Groups(Generic[H]):
+    """Collects items for an instant, and has all of them acted upon together.
+
+    That may take long, and nobody else waits for it: what comes meanwhile is another group. The
+    more of them are under way, the longer the next one is collected, so that hundreds of items that
+    come one after the other are a few groups, too. Lives in one event loop.
+
+    Args:
+        act: Does what is to be done for a group.
+    """
+
+    def __init__(self, act: Callable[[Sequence[H]], Awaitable[None]]) -> None:
+        self._act = act
+        self._next: list[H] = []
+        self._known: set[H] = set()
+        self._under_way = 0
+
+    async def add(self, item: H) -> None:
+        """Have an item acted upon, unless it is already; in the task that its group's first has."""
+        if item in self._known:
+            return
+        self._known.add(item)
+        self._next.append(item)
+        if len(self._next) == 1:
+            await self._act_on(await self._collected())
+
+    async def _collected(self) -> Sequence[H]:
+        seconds = _COLLECT_SECONDS * (1 + self._under_way)
+        try:
+            await asyncio.sleep(min(seconds, _MOST_COLLECT_SECONDS))
+        finally:
+            group, self._next = self._next, []
+        return group
+
+    async def _act_on(self, group: Sequence[H]) -> None:
+        self._under_way += 1
+        try:
+            await self._act(group)
+        finally:
+            self._under_way -= 1
+            self._known.difference_update(group)

@@ -14,7 +14,7 @@ from supervised._bell import bell
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _SIGNAL_SECONDS = 0.05
 _SWALLOWED_SECONDS = 5.0  # after which a signal that has not ended the body never will
@@ -89,25 +89,32 @@ class Body:
         self.swallowed_signal = True
         self.task.cancel()
 
-    def interrupt(self) -> None:
+    def interrupt(self, unless: Callable[[], bool] = lambda: False) -> None:
         """End the body from another thread, if it can be: cancel its task, or signal it.
 
         A sync body is reached in the main thread only, where Prefect turns SIGTERM into
         `TerminationSignal`; elsewhere it ends when it next asks for a child.
+
+        Args:
+            unless: Tells, when the body has come to its next await, that it need not end.
         """
-        if self.loop is not None:
+        loop = self.loop
+        if loop is not None:
             with suppress(RuntimeError):  # the loop is closed, and the body with it
-                self.loop.call_soon_threadsafe(self._cancel_task)
+                # What the body has just set going has its first step before it is asked.
+                loop.call_soon_threadsafe(loop.call_soon, self._cancel_task, unless)
             return
         with self._lock:
             reachable = self.thread is threading.main_thread() and _compat.has_sigterm_bridge()
-            reachable = reachable and self.is_running and not self.was_interrupted
+            reachable = reachable and self.is_running and not self.was_interrupted and not unless()
             if reachable and self.thread.ident is not None:
                 self.was_interrupted = True
                 signal.pthread_kill(self.thread.ident, signal.SIGTERM)
 
-    def _cancel_task(self) -> None:
+    def _cancel_task(self, unless: Callable[[], bool]) -> None:
         # In the body's own loop, so that the body cannot end between the look and the cancel.
+        if unless():
+            return
         if self.is_running and self.task is not None and not self.was_interrupted:
             self.was_interrupted = True
             self.task.cancel()

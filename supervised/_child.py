@@ -58,6 +58,7 @@ _ERRORS: dict[Outcome, type[ChildError]] = {
     "detached": ChildError,
 }
 _NO_RESULT: Any = object()
+_LOOK_SECONDS = 0.05
 
 Callback = tuple[Callable[[Any], None], contextvars.Context]
 
@@ -68,6 +69,11 @@ def _ignore(_: Child[Any]) -> None:
 
 def _is_no_matter(_: Child[Any]) -> None:
     """Do nothing about a failure that nobody has heard."""
+
+
+def _is_never_due() -> bool:
+    """Tell that no signal is about to reach who waits for a child."""
+    return False
 
 
 def _is_final(_: Child[Any], __: End) -> bool:
@@ -140,6 +146,7 @@ class Child(PrefectFuture[R], Generic[R]):
     )
     _ask_cancel: Callable[[Child[Any], CancelReason], None] = attrs.field(alias="ask_cancel")
     _ask_detach: Callable[[Child[Any]], None] = attrs.field(alias="ask_detach")
+    _is_signal_due: Callable[[], bool] = attrs.field(default=_is_never_due, alias="is_signal_due")
 
     generation: int = attrs.field(default=0, init=False)
     restarts: int = attrs.field(default=0, init=False)
@@ -199,6 +206,11 @@ class Child(PrefectFuture[R], Generic[R]):
     def state(self) -> State[Any]:
         """The child's last known Prefect state; `Pending` before it has one."""
         return self._state or Pending(message="The run is being created.")
+
+    @property
+    def last_state(self) -> State[Any] | None:
+        """The child's last known Prefect state, if it has had one."""
+        return self._state
 
     @property
     def _final_state(self) -> State[Any] | None:  # type: ignore[override]  # futures.wait asks it
@@ -361,6 +373,8 @@ class Child(PrefectFuture[R], Generic[R]):
     def answer(self) -> Any:
         """Return the result of a child that is over, or its error; nobody has heard it yet."""
         if self._outcome != "completed":
+            while self._is_signal_due():
+                time.sleep(_LOOK_SECONDS)  # in the body's thread; the signal's exception ends it
             return self.error(self._load_exception_sync())
         if self._value is _NO_RESULT:
             self._value = self._load_sync()
@@ -369,6 +383,8 @@ class Child(PrefectFuture[R], Generic[R]):
     async def aanswer(self) -> Any:
         """Return the result of a child that is over, or its error; see `answer`."""
         if self._outcome != "completed":
+            while self._is_signal_due():  # noqa: ASYNC110 - a signal sets no event
+                await asyncio.sleep(_LOOK_SECONDS)
             return self.error(await self._load_exception())
         if self._value is _NO_RESULT:
             self._value = await self._load()
@@ -591,8 +607,8 @@ class Child(PrefectFuture[R], Generic[R]):
     def be_over(
         self,
         outcome: Outcome,
-        run: FlowRun,
-        state: State[Any],
+        run: FlowRun | None,
+        state: State[Any] | None,
         *,
         value: Any,
         exception: BaseException | None,

@@ -13,6 +13,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import math
 import os
 import threading
@@ -72,26 +73,54 @@ class Plane(Generic[S]):
         """Run *function* over the services; the future carries its result or exception."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-        async def run() -> None:
-            try:
-                services = await asyncio.wrap_future(self._services)
-                result = await function(services)
-            except asyncio.CancelledError:
-                _cancel(future)
-                raise
-            except BaseException as exc:
-                _resolve(future, exception=exc)
-            else:
-                _resolve(future, result=result)
+        async def run(services: S) -> None:
+            _resolve(future, result=await function(services))
 
-        def start() -> None:
-            task = asyncio.get_running_loop().create_task(run())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-        if not self.call_soon(start):
-            _cancel(future)
+        self.start(run, functools.partial(_fail, future))
         return future
+
+    def start(
+        self,
+        function: Callable[[S], Awaitable[None]],
+        on_failure: Callable[[BaseException], object],
+    ) -> None:
+        """Run *function* over the services, and tell of nothing but a failure.
+
+        For thousands at a time: a future that threads can wait for is a dozen objects.
+
+        Args:
+            function: What to run.
+            on_failure: Called with what it has raised; with `asyncio.CancelledError` also if it
+                could not be run because the plane is gone.
+        """
+        if not self.call_soon(functools.partial(self._begin, function, on_failure)):
+            on_failure(asyncio.CancelledError())
+
+    def _begin(
+        self,
+        function: Callable[[S], Awaitable[None]],
+        on_failure: Callable[[BaseException], object],
+    ) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(function, on_failure))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(
+        self,
+        function: Callable[[S], Awaitable[None]],
+        on_failure: Callable[[BaseException], object],
+    ) -> None:
+        opened = self._services
+        try:
+            # Of one that was cancelled, `result` raises what is no `asyncio.CancelledError`.
+            is_open = opened.done() and not opened.cancelled()
+            services = opened.result() if is_open else await asyncio.wrap_future(opened)
+            await function(services)
+        except asyncio.CancelledError as exc:
+            on_failure(exc)
+            raise
+        except BaseException as exc:  # even SystemExit must not end the control plane
+            on_failure(exc)
 
     def call_soon(self, function: Callable[[], object]) -> bool:
         """Call *function* in the plane's loop; false if the plane is gone."""
@@ -221,6 +250,13 @@ async def wait_in_loop(
     except asyncio.TimeoutError:
         return future.done()
     return True
+
+
+def _fail(future: concurrent.futures.Future[Any], exc: BaseException) -> None:
+    if isinstance(exc, asyncio.CancelledError):
+        _cancel(future)
+    else:
+        _resolve(future, exception=exc)
 
 
 def _cancel(future: concurrent.futures.Future[Any]) -> None:

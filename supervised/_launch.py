@@ -53,6 +53,7 @@ logger = get_logger("prefect.supervised.launch")
 
 T = TypeVar("T")
 _PATIENCE_SECONDS = 30.0
+_FIRST_PAUSE_SECONDS = 0.2
 SUPERSEDED = "a later attempt of this run has begun elsewhere, and the children belong to it"
 
 
@@ -268,6 +269,7 @@ class Launcher:
         self._above: set[UUID] | None = None
         self._slots = Slots(options.max_concurrent)
         self._earlier: dict[str, FlowRun] | None = None
+        self._met: set[str] = set()  # keys whose earlier run has been taken, ended or passed by
         self._reading_earlier = anyio.Lock()
 
     async def launch(self, child: Child[Any], spec: LaunchSpec) -> FlowRun | None:
@@ -396,16 +398,23 @@ class Launcher:
         """Find what an earlier attempt of this run made of the same key, and see what to do."""
         # A run that is resumed may count as the same attempt; its children counted on its lease.
         is_first = self._run.run_count <= 1 and _identity.LEASE not in self._run.labels
-        if child.restarts or is_first:
+        if is_first or child.key in self._met:
             return None
         attempt = child.attempt
         known = (await self._read_earlier()).get(child.key)
         # Read again: it may have ended since.
         (earlier,) = (await self._api.read_runs([known.id]) if known else None) or (None,)
-        if earlier is None or earlier.state is None or child.attempt is not attempt:
+        if child.attempt is not attempt:
+            return None
+        if earlier is None or earlier.state is None:
+            self._met.add(child.key)
             return None
         child.generation = _generation(earlier)
-        if await self._may_take(child, earlier, spec):
+        is_taken = await self._may_take(child, earlier, spec)
+        if child.attempt is not attempt:
+            return None
+        self._met.add(child.key)
+        if is_taken:
             return earlier
         child.generation += 1
         return None
@@ -481,6 +490,14 @@ async def patiently(request: Callable[[], Awaitable[T]]) -> T:
     Raises:
         ServerUnreachableError: If it stays unreachable for 30 s.
     """
+    # Tenacity only where it is needed: each use leaves 37 objects to the garbage collector.
+    with contextlib.suppress(httpx.TransportError):
+        return await request()
+    return await _persistently(request)
+
+
+async def _persistently(request: Callable[[], Awaitable[T]]) -> T:
+    """Make a request that has failed again, after a pause each time."""
     until = _clock.monotonic() + _PATIENCE_SECONDS
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(httpx.TransportError),
@@ -488,6 +505,7 @@ async def patiently(request: Callable[[], Awaitable[T]]) -> T:
         stop=lambda _: _clock.monotonic() > until,
         reraise=True,
     )
+    await anyio.sleep(_FIRST_PAUSE_SECONDS)
     try:
         async for attempt in retrying:
             with attempt:

@@ -56,6 +56,8 @@ class OwnRun:
         self._follows_tree = False
         self.cancellation: str | None = None
         """What the run's state says of its cancellation; `None` if there is none."""
+        self.cancelled_at: float | None = None
+        """When that was heard, by the monotonic clock."""
         self.lost: CancelReason | None = None
         """Why the run has to end though nobody cancelled it: something above it is gone."""
         self.is_superseded = False
@@ -158,13 +160,16 @@ class OwnRun:
     def note_lost(self, message: str) -> None:
         """Take the run for cancelled, whether or not the server has been told."""
         if self.cancellation is None and not self._is_over:
-            self.cancellation = message
+            self._be_cancelled(message)
             self._on_cancelled()
 
     def _note(self, state: State | None) -> bool:
         if state is None or not (state.is_cancelling() or state.is_cancelled()):
             return False
-        self.cancellation = state.message or "its run was set to Cancelling"
+        self._be_cancelled(state.message or "its run was set to Cancelling")
         by = _identity.marked_by(state.message)
         self.delegate_to = by if by is not None and by in self._lineage.path[:-1] else None
         return True
+
+    def _be_cancelled(self, message: str) -> None:
+        self.cancellation, self.cancelled_at = message, _clock.monotonic()

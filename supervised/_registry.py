@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 class Registry:
     """Keeps children by key.
 
-    A child that is over stays, so that reports can name it. Of one that has ended by itself only
-    as much stays as it takes to make its handle again, unless somebody holds that: there may be
-    100,000.
+    A child that is over stays, so that reports can name it, but no more of it than it takes to make
+    its handle again, unless somebody holds that: there may be 100,000.
     """
 
     def __init__(self, scope: str) -> None:

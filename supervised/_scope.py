@@ -432,6 +432,7 @@ class _Deadline:
     def is_over(self, supervisor: Supervisor) -> bool:
         if supervisor.is_waiting:
             self._at = _clock.monotonic() + self._seconds
+        self._at = max(self._at, supervisor.teardown_began + self._seconds)
         return _clock.monotonic() > self._at + supervisor.seconds_to_ask
 
 

@@ -93,6 +93,9 @@ logger = get_logger("prefect.supervised")
 
 R = TypeVar("R")
 T = TypeVar("T")
+_ABOUT_TO_WAIT_SECONDS = 0.2
+_LOOK_SECONDS = 0.02
+_SIGNAL_SECONDS = 0.25
 _RUNNER_SECONDS = 5.0  # how long a runner has to signal a body whose run is being cancelled
 
 
@@ -123,7 +126,9 @@ class Supervisor(Joiners):
             on_unheard=self._on_unheard,
             ask_cancel=self._lives.cancel,
             ask_detach=self._lives.detach,
+            is_signal_due=self._is_signal_due,
         )
+        self._tell_seconds_left = lambda: self.seconds_left  # one for all children
         self._plane: Plane[Services] | None = None
         self._span: _telemetry.SupervisorSpan | None = None
         self._ending: tuple[Cause, CancelReason] | None = None
@@ -148,6 +153,7 @@ class Supervisor(Joiners):
         self._leasing = anyio.Lock()
         self.failures: list[Child[Any]] = []
         self._culprit: Child[Any] | None = None  # whose failure ends the scope
+        self._intended_at: float | None = None  # when the runner was first seen to stop the process
         self._pool = SlotPool()
         self._finalizers = Finalizers()
         self._closed = False
@@ -346,7 +352,7 @@ class Supervisor(Joiners):
                 job_variables=options.get("job_variables"),
                 restart=restart,
                 after=after,
-                seconds_left=lambda: self.seconds_left,
+                seconds_left=self._tell_seconds_left,
                 work=work,
                 reuse=reuse,
             )
@@ -619,6 +625,11 @@ class Supervisor(Joiners):
         return self._tearing.seconds_to_ask if self._tearing is not None else 0.0
 
     @property
+    def teardown_began(self) -> float:
+        """When the present grace began, by the monotonic clock."""
+        return self._tearing.began if self._tearing is not None else -math.inf
+
+    @property
     def grace_seconds(self) -> float:
         """Seconds that a whole teardown may take."""
         return self.options.grace_seconds
@@ -871,9 +882,46 @@ class Supervisor(Joiners):
         if self._span is not None:
             self._span.culprit = child.span
         self._culprit = child
+        # Asked before they are ended: a thread would wake up with the cancellation of the one that
+        # it waits for, and be cut off in its cleanup.
+        awaits_another = self._awaits_a_child
         self.begin_teardown("failed", reason)
-        if not child.delivered:
-            self.body.interrupt()
+        if child.delivered:
+            return
+        if self.body.loop is not None or awaits_another:
+            self._interrupt_unheard(child)
+        else:
+            self._give_thread_time(child)
+
+    @property
+    def _awaits_a_child(self) -> bool:
+        return any(child.is_awaited for child in self._registry.live())
+
+    def _interrupt_unheard(self, child: Child[Any]) -> None:
+        """End a body that does not ask for the failure that ends the scope.
+
+        One that has just spawned the child, and is about to wait for it, is to hear of it there.
+        One that its runner has signalled is cleaning up.
+        """
+        self.body.interrupt(
+            unless=lambda: child.delivered or self.host.termination_intent() is not None
+        )
+
+    def _give_thread_time(self, child: Child[Any]) -> None:
+        """Interrupt a thread, unless it asks for a failure in time.
+
+        It cannot be asked what it is about to do.
+        """
+        until = _clock.monotonic() + _ABOUT_TO_WAIT_SECONDS
+
+        def look() -> None:
+            if self._awaits_a_child or _clock.monotonic() >= until:
+                self._interrupt_unheard(child)
+            elif not child.delivered:
+                asyncio.get_running_loop().call_later(_LOOK_SECONDS, look)
+
+        if self._plane is None or not self._plane.call_soon(look):
+            self._interrupt_unheard(child)
 
     def _on_unheard(self, child: Child[Any]) -> None:
         """End a body that had waited for the failure that ends the scope, and waits no more."""
@@ -944,9 +992,12 @@ class Supervisor(Joiners):
         if self._span is not None and self.options.requests_per_minute is not None:
             services.api.budget.unlimit(self.options.requests_per_minute)
         self._drop_lease()
+        await self._unwatch_above(services)
+        self.own.unwatch(services.watcher)
+
+    async def _unwatch_above(self, services: Services) -> None:
         if self._link is not None:
             self._link.unwatch(services.watcher)
-        self.own.unwatch(services.watcher)
 
     async def hold_lease(self, services: Services) -> None:
         """Give signs of life to children elsewhere, from now to the end of the scope."""
@@ -1028,6 +1079,8 @@ class Supervisor(Joiners):
     async def _follow(self, services: Services, lost: UUID, reason: CancelReason) -> None:
         """End with a run above, unless somebody has detached this one from it since."""
         assert self._link is not None
+        if self.own.cancellation is not None:
+            return
         path = self.lineage.path
         below = path[path.index(lost) + 1 :] if lost in path else path[-1:]
         try:
@@ -1036,7 +1089,9 @@ class Supervisor(Joiners):
             logger.debug("Could not read what lies below a lost run", exc_info=True)
             self._link.look_again(lost)
             return
-        if self.own.lost is not None or any(run.labels.get(_identity.DETACHED) for run in runs):
+        if self.own.cancellation is not None or self.own.lost is not None:
+            return
+        if any(run.labels.get(_identity.DETACHED) for run in runs):
             return
         self._logger.warning("This run ends itself: %s", reason)
         self.own.lost = reason
@@ -1052,9 +1107,25 @@ class Supervisor(Joiners):
         self.own.note_lost(message)
 
     def _on_own_cancellation(self) -> None:
+        if self._plane is not None:
+            self._plane.submit(self._unwatch_above)  # its own end is decided
         self.begin_teardown("cancelled", self.own.reason)
         delay = _RUNNER_SECONDS if self.host.runner_owns(self._run) else 0.0
         asyncio.get_running_loop().call_later(delay, self._interrupt_unsignalled)
+
+    def _is_signal_due(self) -> bool:
+        """Whether the runner is about to signal the body, which is to hear of no other end before.
+
+        A body that wakes up for `ChildCancelled` would be cut off by the signal in its cleanup.
+        """
+        if self.own.cancelled_at is None or not self.host.runner_owns(self._run):
+            return False
+        now = _clock.monotonic()
+        if self.host.termination_intent() is None:
+            return now < self.own.cancelled_at + _RUNNER_SECONDS
+        if self._intended_at is None:
+            self._intended_at = now  # and the signal follows
+        return now < self._intended_at + _SIGNAL_SECONDS
 
     def _interrupt_unsignalled(self) -> None:
         """Interrupt the body, unless its runner has: a second time would cut its cleanup off."""

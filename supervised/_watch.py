@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections import Counter, deque
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 from prefect.client.schemas.objects import State, StateType
@@ -45,11 +45,22 @@ _POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02
 _MOST_REST_SECONDS = 1.0
 _REST = 5.0  # times what a read has taken, before the next: reads then take a sixth of the time
+_BURST = 10  # reads without a rest: what waits for the last of a few children waits for it alone
+_BURST_SECONDS = 5.0
 _RECONNECT_SECONDS = 2.0
 _REOPEN_SECONDS = 0.25  # scopes that begin together share one stream, not one each after the other
 _CRASH_SECONDS = 3.0  # in which whoever reschedules a crashed run has done so
-_NEW = {StateType.SCHEDULED, StateType.PENDING}
 _TERMINAL = {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED}
+
+
+class Follower(Protocol):
+    """What ends runs at any depth of a tree, and wants to know when they are over."""
+
+    def take(self, run: FlowRun) -> None:
+        """Take over what was read of a run."""
+
+    def miss(self, run_id: UUID) -> None:
+        """Take note that the server does not know a run."""
 
 
 class Watcher:
@@ -62,6 +73,7 @@ class Watcher:
         self._owners: dict[UUID, Callable[[FlowRun], None]] = {}
         self._others: dict[UUID, list[OnRead]] = {}
         self._paces: dict[tuple[UUID, OnRead], float] = {}
+        self._followers: dict[UUID, list[Follower]] = {}
         self._resources: Counter[str] = Counter()
         self._hinted: set[UUID] = set()
         self._wake_reader = anyio.Event()
@@ -70,7 +82,6 @@ class Watcher:
         self._streamed: set[str] = set()  # the resources that the stream tells of
         self._stream_lost = anyio.Event()
         self._is_trusted = True  # until an end is found that the stream has not told of
-        self.news = 0  # ends and new runs that the stream has told of, in any tree we subscribe to
         self._heard: set[UUID] = set()  # ends that the stream told of since the last poll
         self._unheard: set[UUID] = set()  # ends that only the last poll has found
         self._poll_seconds_taken: deque[float] = deque(maxlen=_POLLS)
@@ -126,6 +137,19 @@ class Watcher:
         if not listeners:
             self._others.pop(run_id, None)
 
+    def follow(self, run_id: UUID, follower: Follower) -> None:
+        """Read a run of a tree that is watched when the stream tells of its end.
+
+        A crash of it counts at once: whoever follows it has asked it to end.
+        """
+        self._followers.setdefault(run_id, []).append(follower)
+
+    def unfollow(self, run_id: UUID, follower: Follower) -> None:
+        """Stop doing so."""
+        self._followers[run_id].remove(follower)
+        if not self._followers[run_id]:
+            del self._followers[run_id]
+
     def hears(self, tag: str) -> bool:
         """Whether events of a tree arrive, so that reads are needed for certainty only."""
         return self._connected and _tag_resource(tag) in self._streamed
@@ -148,10 +172,16 @@ class Watcher:
             run: The run, as just read.
             at_once: Whether a crash counts though somebody may yet reschedule the run.
         """
+        followers = list(self._followers.get(run.id, ()))
         if (on_change := self._owners.get(run.id)) is not None:
             on_change(run)
         for listen in list(self._others.get(run.id, ())):
             listen(run.id, run)
+        self._tell_child(run, at_once=at_once or bool(followers))
+        for follower in followers:
+            follower.take(run)
+
+    def _tell_child(self, run: FlowRun, *, at_once: bool) -> None:
         child = self._children.get(run.id)
         if child is None or run.state is None:
             return
@@ -242,14 +272,18 @@ class Watcher:
         if event.state_type in _TERMINAL:
             self._heard.add(event.run_id)
             self._unheard.discard(event.run_id)
-        if event.state_type in _TERMINAL or event.state_type in _NEW:
-            self.news += 1
+            if event.run_id in self._followers:
+                self.hint(event.run_id)
         child = self._children.get(event.run_id)
-        if child is None and event.run_id not in self._owners and event.run_id not in self._others:
+        is_local = child is not None and child.is_local
+        is_owner = event.run_id in self._owners
+        is_listened_to = is_owner or event.run_id in self._others
+        if child is None and not is_listened_to:
             return
-        is_asked = event.state_type == StateType.CANCELLING and (
-            child is None or child.is_local  # a runner hears of it, or we must tell
-        )
+        if event.state_type in _TERMINAL and is_local and not is_listened_to:
+            return  # its own code tells of its end
+        # Of who runs elsewhere, a runner hears that.
+        is_asked = event.state_type == StateType.CANCELLING and (is_owner or is_local)
         if event.state_type in _TERMINAL or is_asked:
             self.hint(event.run_id)
         elif child is not None:
@@ -260,16 +294,21 @@ class Watcher:
 
     async def _read_hinted(self) -> None:
         rested = -math.inf
+        lately: deque[float] = deque(maxlen=_BURST)
         while True:
             await self._wake_reader.wait()
             await anyio.sleep(max(_COALESCE_SECONDS, rested - _clock.monotonic()))
             self._wake_reader = anyio.Event()
             hinted, self._hinted = self._hinted, set()
             began = _clock.monotonic()
-            was_read = await self.refresh(hinted)
+            is_followed = not self._followers.keys().isdisjoint(hinted)
+            with priority(Priority.TEARDOWN if is_followed else Priority.POLL):
+                was_read = await self.refresh(hinted)
             # Hundreds that end one after the other are not read one after the other.
             now = _clock.monotonic()
-            rested = now + min(_REST * (now - began), _MOST_REST_SECONDS)
+            if len(lately) == _BURST and now - lately[0] < _BURST_SECONDS:
+                rested = now + min(_REST * (now - began), _MOST_REST_SECONDS)
+            lately.append(now)
             if not was_read:
                 await anyio.sleep(_POLL_WITHOUT_EVENTS_SECONDS)
                 for run_id in hinted:
@@ -342,6 +381,8 @@ class Watcher:
 
     def _lost(self, run_id: UUID) -> None:
         """Tell of a run that somebody deleted; a child of ours is over with it."""
+        for follower in list(self._followers.get(run_id, ())):
+            follower.miss(run_id)
         for listen in list(self._others.get(run_id, ())):
             listen(run_id, None)
         child = self._children.pop(run_id, None)

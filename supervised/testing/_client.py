@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import anyio
 import httpx
-from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Pending, Scheduled
+from prefect.states import Cancelling, Pending, Scheduled
 
 from supervised._api import Ack, closing
 from supervised._budget import RequestBudget
 from supervised._errors import DeploymentNotFoundError
 from supervised._pace import Pace
+from supervised.testing._server import is_live
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
     from prefect.flows import Flow
 
-    from supervised._api import Closing, Deployment, RunEvent, RunRequest
+    from supervised._api import Closing, Deployment, RunEvent, RunRequest, Visit
     from supervised._stall import Limit
     from supervised.testing._faults import Dice
     from supervised.testing._server import Change, Server
@@ -263,6 +263,31 @@ class FakeOrchestrator:
     async def read_children(self, parents: Iterable[UUID]) -> list[FlowRun]:
         return await self.call(lambda: self._server.children(parents))
 
+    async def visit_children(
+        self,
+        parents: Sequence[UUID],
+        visit: Visit,
+        *,
+        only: Literal["live", "over"] | None = None,
+        since: datetime | None = None,
+    ) -> None:
+        def read() -> list[FlowRun]:
+            found = self._server.children(parents)
+            if only is not None:
+                found = [run for run in found if is_live(run) == (only == "live")]
+            if since is not None:
+                found = [run for run in found if run.end_time and run.end_time >= since]
+            return found
+
+        await visit(await self.call(read))
+
+    async def count_ended(self, parent: UUID, among: Sequence[UUID] | None = None) -> int:
+        def count() -> int:
+            ended = {run.id for run in self._server.children([parent]) if not is_live(run)}
+            return len(ended if among is None else ended.intersection(among))
+
+        return await self.call(count)
+
     async def read_parents(self, runs: Iterable[FlowRun]) -> dict[UUID, UUID]:
         def read() -> dict[UUID, UUID]:
             found = {run.id: self._server.parent_of(run) for run in runs}
@@ -271,8 +296,9 @@ class FakeOrchestrator:
         return await self.call(read)
 
     async def request_cancel(self, run_ids: Sequence[UUID], message: str) -> list[Ack]:
-        state: State[Any] = State(type=StateType.CANCELLING, name="Cancelling", message=message)
+        return await self._propose(run_ids, Cancelling(message=message))
 
+    async def _propose(self, run_ids: Sequence[UUID], state: State[Any]) -> list[Ack]:
         def ask(run_id: UUID) -> Ack:
             if run_id not in self._server.runs:
                 return Ack(run_id, None, "the server no longer knows the run")
@@ -287,8 +313,15 @@ class FakeOrchestrator:
         state = closing(as_, message)
         return await self.call(lambda: self._server.propose(run_id, state).state)
 
-    async def nudge(self, run_id: UUID) -> None:
-        await self.call(lambda: self._server.nudge(run_id))
+    async def close_runs(self, run_ids: Sequence[UUID], message: str) -> list[Ack]:
+        return await self._propose(run_ids, closing("cancelled", message))
+
+    async def nudge(self, run_ids: Sequence[UUID]) -> None:
+        def tell() -> None:
+            for run_id in run_ids:
+                self._server.nudge(run_id)
+
+        await self.call(tell)
 
     async def server_time(self) -> datetime | None:
         return await self.call(self._server.time)

@@ -173,6 +173,34 @@ def test_an_inline_run_is_created_once_and_waits_for_its_code(stage):
     stage.act(test)
 
 
+def test_children_are_chosen_by_whether_they_are_over_and_since_when_and_are_counted(stage):
+    async def test(stage):
+        parent = stage.new_parent()
+        lives = await a_child(stage, parent, Running())
+        ended = [await a_child(stage, parent, Completed()) for _ in range(2)]
+        minute = timedelta(minutes=1)
+
+        async def chosen(*parents, **how):
+            found = set()
+
+            async def visit(page):
+                found.update(run.id for run in page)
+
+            await stage.api.visit_children(parents, visit, **how)
+            return found
+
+        assert await chosen(parent, *(uuid4() for _ in range(999))) == {lives, *ended}
+        assert await chosen(parent, only="live") == {lives}
+        assert await chosen(parent, only="over") == set(ended)
+        assert await chosen(parent, since=stage.now() - minute) == set(ended)
+        assert await chosen(parent, only="over", since=stage.now() + minute) == set()
+        assert await stage.api.count_ended(parent) == 2
+        others = [uuid4() for _ in range(2_000)]
+        assert await stage.api.count_ended(parent, [ended[0], lives, *others]) == 1
+
+    stage.act(test)
+
+
 def test_a_detached_run_is_created_without_a_parent(stage):
     async def test(stage):
         parent = stage.new_parent()
@@ -273,6 +301,21 @@ def test_a_run_can_be_closed(stage):
         state = await stage.api.close_run(run_id, "it never began")
         assert state.is_cancelled()
         assert await state_of(stage, run_id) == StateType.CANCELLED
+
+    stage.act(test)
+
+
+def test_many_runs_can_be_closed_at_once_even_one_that_is_over(stage):
+    """So only what has just been read, and has no process, may be closed."""
+
+    async def test(stage):
+        parent, missing = stage.new_parent(), uuid4()
+        known = [await a_child(stage, parent, state) for state in (Cancelling(), Completed())]
+        acks = await stage.api.close_runs([*known, missing], "they never began")
+        assert [ack.run_id for ack in acks] == [*known, missing]
+        assert [ack.state and ack.state.name for ack in acks] == ["Cancelled", "Cancelled", None]
+        for run_id in known:
+            assert await state_of(stage, run_id) == StateType.CANCELLED
 
     stage.act(test)
 
@@ -425,7 +468,7 @@ async def heard(stage, events, run_id: UUID) -> None:
 
     listening = asyncio.create_task(listen())
     for _ in range(SECONDS):
-        await stage.api.nudge(run_id)  # for runners; here it must do no harm
+        await stage.api.nudge([run_id])  # for runners; here it must do no harm
         stage.propose(run_id, AwaitingRetry())
         stage.propose(run_id, Running())
         done, _ = await asyncio.wait([listening], timeout=1)

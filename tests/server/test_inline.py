@@ -18,7 +18,7 @@ from prefect import flow, tags, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.context import FlowRunContext
-from prefect.exceptions import CancelledRun
+from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.states import Cancelling
 
 import supervised
@@ -27,6 +27,7 @@ from supervised import (
     ChildCancelled,
     ChildFailed,
     ChildTimedOut,
+    DeploymentNotFoundError,
     NoSupervisorError,
     ParametersError,
     ScopeClosedError,
@@ -295,6 +296,40 @@ def test_an_unheard_failure_ends_the_body_and_the_siblings():
     assert sorted(names.values()) == ["Cancelled", "Failed"]
 
 
+def test_a_failure_that_came_before_it_was_awaited_is_raised_there_all_the_same():
+    @supervised_flow
+    async def parent():
+        child = supervisor.spawn("score/nowhere")
+        child.wait()  # as if the machine had kept the loop waiting
+        await child
+
+    with pytest.raises(DeploymentNotFoundError):
+        asyncio.run(parent())
+
+
+def test_a_failure_that_came_before_it_was_gathered_is_raised_there_all_the_same():
+    @supervised_flow
+    async def parent():
+        sibling = supervisor.spawn(forever)
+        child = supervisor.spawn("score/nowhere")
+        child.wait()
+        await asyncio.gather(sibling, child)
+
+    with pytest.raises(DeploymentNotFoundError):
+        asyncio.run(parent())
+
+
+def test_a_failure_that_came_before_it_was_asked_for_is_raised_there_all_the_same():
+    @supervised_flow
+    def parent():
+        child = supervisor.spawn("score/nowhere")
+        child.wait()
+        child.result()
+
+    with pytest.raises(DeploymentNotFoundError):
+        parent()
+
+
 def test_waiting_for_a_sibling_of_a_failed_child_tells_of_the_failure():
     @supervised_flow
     def parent():
@@ -306,6 +341,32 @@ def test_waiting_for_a_sibling_of_a_failed_child_tells_of_the_failure():
         parent()
     (failure,) = caught.value.exceptions
     assert isinstance(failure, ChildFailed)
+
+
+@pytest.mark.parametrize("sibling", ["is queued for a slot", "runs"])
+def test_a_body_that_waits_for_a_sibling_is_interrupted_once_and_not_in_its_cleanup(sibling):
+    """Before it hears of the sibling's end, which comes of the failure too."""
+    ends = []
+
+    @supervised_flow(max_concurrent=1 if sibling == "is queued for a slot" else None)
+    def parent():
+        supervisor.spawn(broken, {"after": 0.5})
+        waited_for = supervisor.spawn(forever)
+        try:
+            waited_for.result()
+        except BaseException as exc:  # a signal's exception is no `Exception`
+            ends.append(type(exc))
+            until = time.monotonic() + 0.6
+            while time.monotonic() < until:  # three times as long as a thread is looked at
+                time.sleep(0.02)  # cleanup that a signal can cut off: there is no event for "none"
+            ends.append("tidy")
+            raise
+
+    with pytest.raises(ExceptionGroup) as caught:
+        parent()
+    (failure,) = caught.value.exceptions
+    assert isinstance(failure, ChildFailed)
+    assert ends == [TerminationSignal, "tidy"]
 
 
 def test_with_wait_the_others_finish_first():
@@ -1088,8 +1149,10 @@ def test_ten_runs_in_a_row_leave_no_thread_and_no_socket():
 
     run()  # Prefect's own workers start with the first run, and stay
     counts = [run() for _ in range(9)]
-    # Prefect's workers for logs and events may each be opening or closing a connection.
-    growth = [last - first for first, last in zip(counts[0], counts[-1], strict=True)]
+    # Prefect's workers for logs and events may each be opening or closing a connection, and on a
+    # busy machine several at a time; what has leaked is there after each of the last runs.
+    left = [min(count) for count in zip(*counts[-4:], strict=True)]
+    growth = [last - first for first, last in zip(counts[0], left, strict=True)]
     assert max(growth) <= 2, counts
 
 

@@ -204,13 +204,13 @@ def test_of_a_scope_that_is_torn_down_those_that_wait_are_never_launched(world, 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """When supervision has made which requests, by the monotonic clock."""
+    """When supervision has made which requests, by the monotonic clock; some are repeated."""
     made = []
     handle = httpx.AsyncHTTPTransport.handle_async_request
 
     async def noted(self, request):
         if threading.current_thread().name == CONTROL_THREAD:
-            made.append((time.monotonic(), f"{request.method} {request.url.path}"))
+            made.append((time.monotonic(), f"{request.method} {request.url.path}", request))
         return await handle(self, request)
 
     monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", noted)
@@ -240,7 +240,7 @@ def test_a_budget_of_requests_is_kept_and_a_cancellation_heard_while_launches_wa
     assert asyncio.run(parent(return_state=True)).is_cancelled()
     told, heard = seen
     assert heard - told < 3
-    times = [at for at, _ in asked if at <= heard]
+    times = [at for at, *_ in asked if at <= heard]
     for first, last in itertools.combinations(range(len(times)), 2):
         assert last - first <= 2 * (BURST_SECONDS + times[last] - times[first]), asked
 
@@ -252,7 +252,7 @@ def test_launches_that_wait_for_the_budget_are_given_up_without_another_request(
     targets = [deploy(world) for _ in range(40)] if kind == "elsewhere" else [double] * 30
     seen = []
 
-    @supervised_flow(requests_per_minute=per_minute, grace_seconds=5)
+    @supervised_flow(requests_per_minute=per_minute, grace_seconds=20)
     async def parent():
         seen.append(current_supervisor.get())
         for part, target in enumerate(targets):
@@ -266,7 +266,9 @@ def test_launches_that_wait_for_the_budget_are_given_up_without_another_request(
         asyncio.run(parent())
     scope, failed = seen
     of_launches = re.compile(r"GET .*/deployments/name/|POST .*/(task_runs|flows|flow_runs)/$")
-    later = [what for at, what in asked if at > failed and of_launches.match(what)]
+    # Prefect's client repeats what a database that is locked has refused.
+    requests = {id(request): what for at, what, request in asked if at > failed}
+    later = [what for what in requests.values() if of_launches.match(what)]
     assert len(later) <= 2, "no more than one child was under way"
     assert scope.report.ok, scope.report
 

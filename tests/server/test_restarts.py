@@ -151,7 +151,8 @@ def test_one_restart_too_many_fails_the_scope_though_the_body_catches_it(world, 
     @supervised_flow(on_child_failure=policy)
     async def parent():
         ids.append(supervisor.flow_run_id)
-        supervisor.spawn(queue, key="sibling")
+        sibling = supervisor.spawn(queue, key="sibling")
+        await asyncio.to_thread(attempt, sibling)
         child = supervisor.spawn(broken, key="broken", restart=Restart(max=1))
         try:
             await child

@@ -10,6 +10,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 from supervised._child import Child
 from supervised._types import DEFAULT_ON_PARENT
+from supervised.testing._client import FakeOrchestrator
 
 
 def _make_child(**overrides):
@@ -43,6 +44,21 @@ def until():
 def make_child():
     """A function that builds a launched child which answers to nobody; keywords override."""
     return _make_child
+
+
+@pytest.fixture
+def answers_late(monkeypatch):
+    """The first run of a deployment is created at once, and that is answered 9 s later."""
+    create, slow = FakeOrchestrator.create_deployment_run, [True]
+
+    async def create_and_answer_late(*given):
+        run = await create(*given)
+        if slow:
+            slow.clear()
+            await asyncio.sleep(9)
+        return run
+
+    monkeypatch.setattr(FakeOrchestrator, "create_deployment_run", create_and_answer_late)
 
 
 @pytest.fixture(autouse=True, scope="module")

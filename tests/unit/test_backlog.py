@@ -46,7 +46,7 @@ def reads(monkeypatch):
         return await made[self].submit(deployment.id, (deployment, request))
 
     monkeypatch.setattr(FakeOrchestrator, "create_deployment_run", submit)
-    for name in ("read_tagged", "read_children", "request_cancel"):
+    for name in ("read_tagged", "visit_children", "request_cancel"):
         monkeypatch.setattr(FakeOrchestrator, name, _kept(name, reads))
     return reads
 
@@ -76,3 +76,20 @@ def test_no_run_is_created_that_nobody_wants_and_what_exists_is_ended_in_bulk(re
         assert root.report.ok
         assert len(root.report.receipts) == CHILDREN
     assert len(reads) < 40
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (3, 3), (40, 12)])
+def test_children_that_are_created_together_are_told_of_together(count, most, caplog):
+    @supervised_flow
+    async def parent():
+        for part in range(count):
+            supervisor.spawn("score/gpu", {"part": part}, name=f"part {part}")
+
+    with FakePrefect() as prefect, caplog.at_level("INFO"):
+        prefect.deploy("score/gpu", takes=1)
+        run = prefect.start(parent)
+        prefect.until(lambda: not run.is_alive, within=60)
+        told = [each.getMessage() for each in caplog.records if "Spawned" in each.getMessage()]
+        assert len(told) <= most
+        for below in run.below:
+            assert str(below.flow_run.id) in "\n".join(told)

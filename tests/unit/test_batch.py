@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from supervised._batch import Batches
+from supervised._batch import Batches, Groups
 
 
 class Server:
@@ -209,3 +209,66 @@ def test_what_comes_while_the_last_requests_are_under_way_is_sent(acting):
         ]
 
     acting(test)
+
+
+def added(groups, items):
+    return [asyncio.ensure_future(groups.add(item)) for item in items]
+
+
+def acting_on_groups(test):
+    async def run():
+        server = Server()
+        return await test(server, Groups(server.send))
+
+    return asyncio.run(run())
+
+
+def test_what_is_added_in_the_same_instant_is_acted_upon_once_and_together():
+    async def test(server, groups):
+        await asyncio.gather(*added(groups, "xyzx"))
+        await groups.add("x")
+        assert server.requests == [["x", "y", "z"], ["x"]]
+
+    acting_on_groups(test)
+
+
+def test_a_group_does_not_wait_for_another_and_takes_up_nothing_that_is_being_acted_upon():
+    async def test(server, groups):
+        server.may_answer.clear()
+        first = added(groups, "xy")
+        await server.under_way.wait()
+        server.under_way.clear()
+        second = added(groups, "yz")
+        await server.under_way.wait()
+        assert server.requests == [["x", "y"], ["z"]]
+        server.may_answer.set()
+        await asyncio.gather(*first, *second)
+
+    acting_on_groups(test)
+
+
+def test_the_more_groups_are_under_way_the_more_the_next_one_takes_up():
+    async def test(server, groups):
+        server.may_answer.clear()
+        tasks = []
+        for item in range(100):
+            tasks += added(groups, [item])
+            await asyncio.sleep(0.005)
+        server.may_answer.set()
+        await asyncio.gather(*tasks)
+        assert sum(map(len, server.requests)) == 100
+        assert len(server.requests) < 20
+
+    acting_on_groups(test)
+
+
+def test_a_group_that_is_given_up_before_it_was_acted_upon_holds_up_no_other():
+    async def test(server, groups):
+        (first,) = added(groups, "x")
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        await groups.add("y")
+        assert server.requests == [["y"]]
+
+    acting_on_groups(test)

@@ -224,6 +224,41 @@ def test_a_call_runs_in_the_planes_loop(plane):
 # -- the end ------------------------------------------------------------------------------------
 
 
+def test_who_starts_something_hears_of_its_failure_and_of_nothing_else(plane):
+    failures = []
+    error = ValueError("bad")
+
+    async def fail(_):
+        raise error
+
+    async def succeed(_):
+        return None
+
+    plane.start(succeed, failures.append)
+    plane.start(fail, failures.append)
+    plane.submit(the_thread).result(timeout=SECONDS)
+    assert failures == [error]
+
+
+def test_who_starts_something_hears_that_it_was_cancelled(plane):
+    failures = []
+
+    async def give_up(_):
+        raise asyncio.CancelledError
+
+    plane.start(give_up, failures.append)
+    plane.submit(the_thread).result(timeout=SECONDS)
+    assert [type(each) for each in failures] == [asyncio.CancelledError]
+
+
+def test_what_is_started_in_a_plane_that_is_gone_is_cancelled(services):
+    plane = ControlPlane.acquire(services)
+    let_go(plane)
+    failures = []
+    plane.start(the_thread, failures.append)
+    assert [type(each) for each in failures] == [asyncio.CancelledError]
+
+
 def test_what_was_submitted_before_the_release_is_finished_with_the_services_open(services):
     go_on = asyncio.Event()
 

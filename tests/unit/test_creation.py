@@ -7,10 +7,12 @@ import json
 from types import SimpleNamespace
 from uuid import uuid4
 
+import anyio
 import pytest
 
 from supervised._api import Deployment, PrefectOrchestrator, RunRequest
 from supervised._budget import RequestBudget
+from supervised._bulk import LIMIT, Look, Looks
 from supervised._launch import freeze_parameters
 
 MANY = 20
@@ -24,9 +26,11 @@ class Client:
     def __init__(self):
         self.runs = {}
         self.alone = 0
+        self.sizes = []  # of the requests in bulk
 
     async def request(self, method, path, *, json, path_params):
         assert path.endswith("/create_flow_run/bulk")
+        self.sizes.append(len(json))
         results = [{"flow_run_id": self._made(body), "error": None} for body in json]
         return SimpleNamespace(json=lambda: {"results": results})
 
@@ -46,28 +50,29 @@ class Client:
         return run_id
 
 
-def create(client, values, *, is_linked=False, **callbacks):
+def requested(number, value, **options):
+    """Return the request for a run with these parameters."""
+    return RunRequest(
+        name=None,
+        parameters=freeze_parameters("score/gpu", {"value": value}),
+        tags=(),
+        labels={},
+        idempotency_key=str(number),
+        parent_run_id=uuid4(),
+        tracking_key=str(number),
+        tracking_id=uuid4(),
+        task_inputs={},
+        **{"is_linked": False, **options},
+    )
+
+
+def create(client, values, **options):
     """Create a run for each of these parameters at once; return what each has led to."""
     deployment = Deployment(id=uuid4(), name="score/gpu", version=None, paused=False)
 
-    def requested(number, value):
-        return RunRequest(
-            name=None,
-            parameters=freeze_parameters("score/gpu", {"value": value}),
-            tags=(),
-            labels={},
-            idempotency_key=str(number),
-            parent_run_id=uuid4(),
-            tracking_key=str(number),
-            tracking_id=uuid4(),
-            task_inputs={},
-            is_linked=is_linked,
-            **callbacks,
-        )
-
     async def act():
         api = PrefectOrchestrator(client, RequestBudget())
-        requests = [requested(number, value) for number, value in enumerate(values)]
+        requests = [requested(number, value, **options) for number, value in enumerate(values)]
         return await asyncio.gather(
             *(api.create_deployment_run(deployment, request) for request in requests),
             return_exceptions=True,
@@ -98,3 +103,103 @@ def test_for_what_nobody_wants_the_server_is_asked_nothing():
     runs = create(client, range(MANY), is_linked=True, **nobody)
     assert runs == [None] * MANY
     assert not client.runs
+
+
+def test_the_server_is_sent_no_empty_request_if_nobody_wants_what_was_to_be_sent():
+    client = Client()
+    runs = create(client, range(MANY), begin=lambda: False)  # but wanted until just before
+    assert runs == [None] * MANY
+    assert client.sizes == []
+
+
+class OneByOne(Client):
+    """Creates the next batch when somebody has been told of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_told = asyncio.Event()
+
+    async def request(self, method, path, **options):
+        if self.sizes:
+            await asyncio.wait_for(self.is_told.wait(), 5)
+        return await super().request(method, path, **options)
+
+
+def test_who_is_in_one_batch_hears_of_its_run_while_the_next_batch_is_created():
+    async def act():
+        client = OneByOne()
+        api = PrefectOrchestrator(client, RequestBudget())
+        deployment = Deployment(id=uuid4(), name="score/gpu", version=None, paused=False)
+
+        async def created(number):
+            run = await api.create_deployment_run(deployment, requested(number, number))
+            client.is_told.set()
+            return run
+
+        runs = await asyncio.gather(*(created(number) for number in range(LIMIT + MANY)))
+        assert all(run is not None for run in runs)
+        assert client.sizes == [LIMIT, MANY]
+
+    asyncio.run(act())
+
+
+def test_when_all_have_been_created_nobody_waits_for_another_attempt(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(anyio, "sleep", recording(pauses))
+    assert None not in create(Client(), range(MANY))
+    assert sum(pauses) == 0
+
+
+def recording(pauses):
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    return sleep
+
+
+class Recorder:
+    """Records events one after the other, once it has begun."""
+
+    def __init__(self, begins, each):
+        self.begins, self.each = begins, each
+
+    def look(self, count, taken):
+        return Look(taken, max(0, min(count, int((taken - self.begins) / self.each))))
+
+    def wait(self, looks, count):
+        """Look until all are recorded; return how late that was, and after how many looks."""
+        seen, taken = [Look()], looks.first(count)
+        while (last := self.look(count, taken)).recorded < count:
+            taken += looks.again(count, seen[-1], last)
+            seen.append(last)
+        seen.append(last)
+        looks.learn(seen[1], last)
+        return taken - (self.begins + count * self.each), len(seen) - 1
+
+
+@pytest.mark.parametrize("each", [0.0005, 0.0043, 0.02, 0.05])
+@pytest.mark.parametrize("begins", [0.03, 0.35, 1.5])
+def test_looks_come_soon_after_what_they_look_for_and_are_few(begins, each):
+    """Whatever a server needs, and however that changes."""
+    looks = Looks()
+    for recorder in (Recorder(begins, each), Recorder(0.03, each), Recorder(0.03, 0.0043)):
+        for _ in range(3):
+            believed, whole = looks.first(100), recorder.begins + 100 * recorder.each
+            late, asked = recorder.wait(looks, 100)
+            assert late <= max(0.05, whole / 4, believed - whole)
+            assert asked <= 15
+
+
+def test_of_a_server_that_goes_on_as_it_began_the_end_is_foretold():
+    looks, recorder = Looks(), Recorder(0.1, 0.0043)
+    for _ in range(3):
+        late, asked = recorder.wait(looks, 100)
+        assert late <= 0.05
+        assert asked <= 4
+
+
+def test_what_a_few_have_taken_does_not_put_off_the_look_at_many():
+    looks = Looks()
+    before = looks.first(100)
+    looks.learn(Look(3.0, 12), Look(3.0, 12))
+    assert looks.first(100) == before

@@ -43,6 +43,9 @@ TOLD = (
     "is_detached",
     "is_awaited",
     "cancel_reason",
+    "requested_at",
+    "acknowledged_at",
+    "escalations",
     "exception",
     "ended_at",
     "waits_for_a_slot",
@@ -80,7 +83,10 @@ def scope(make_child):
 # -- what stays ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("outcome", ["completed", "failed", "crashed", "timed_out"])
+OVER = ["completed", "failed", "crashed", "timed_out", "cancelled"]
+
+
+@pytest.mark.parametrize("outcome", OVER)
 def test_of_a_child_that_has_ended_and_that_nobody_holds_no_handle_stays(scope, outcome):
     registry, admit = scope
     child = admit()
@@ -148,8 +154,7 @@ def after(act, then):
 @pytest.mark.parametrize(
     ("kind", "end"),
     [
-        *(("deployment", whole(each)) for each in ("cancelled", "abandoned", "detached")),
-        ("deployment", after(lambda child: child.mark_cancel(ASKED), whole("completed"))),
+        *(("deployment", whole(each)) for each in ("abandoned", "detached")),
         ("deployment", whole("completed", state=Completed(data=7))),
     ],
 )
@@ -163,10 +168,15 @@ def test_a_child_of_which_there_is_more_to_tell_stays_whole(scope, kind, end):
     assert registry.kept() == [handle()]
 
 
-def test_a_child_that_never_had_a_run_stays_whole(scope, make_child):
+def test_a_child_that_never_had_a_run_has_none_afterwards_either(make_child):
     child = make_child()
-    child.settle("completed")
-    assert Finished.of(child) is None
+    child.mark_cancel(ASKED)
+    child.settle("cancelled")
+    again = Finished.of(child).child()
+    assert (again.flow_run, again.last_state, again.outcome) == (None, None, "cancelled")
+    for name in TOLD:
+        assert getattr(again, name) == getattr(child, name), name
+    assert "because its handle was cancelled" in str(again.error())
 
 
 # -- the handle that is made again --------------------------------------------------------------
@@ -201,9 +211,10 @@ children = st.fixed_dictionaries(
 
 @given(
     options=children,
-    outcome=st.sampled_from(["completed", "failed", "crashed", "timed_out"]),
+    outcome=st.sampled_from(OVER),
     exception=st.none() | st.builds(ValueError),
     end=ends,
+    asked=st.none() | st.sampled_from([(), ("asked again",), ("asked again", "closed")]),
     fields=st.fixed_dictionaries(
         {},
         optional={"deployment_id": st.uuids(), "parent_task_run_id": st.uuids()},
@@ -211,12 +222,17 @@ children = st.fixed_dictionaries(
     restarts=st.integers(0, 3),
 )
 def test_a_handle_that_is_made_again_tells_what_the_first_one_told(
-    make_child, options, outcome, exception, end, fields, restarts
+    make_child, options, outcome, exception, end, asked, fields, restarts
 ):
     first = make_child(**options)
     for _ in range(restarts):
         first.begin_restart()
     first.assign_run(a_run(**fields))
+    if asked is not None:
+        first.mark_cancel(ASKED)
+        first.mark_acknowledged()
+        for step in asked:
+            first.note_escalation(step)
     first.settle(outcome, state=end, value=object(), exception=exception)
     kept = Finished.of(first)
     again = kept.child()
@@ -361,3 +377,23 @@ def test_what_a_detached_child_has_left_behind_is_nobodys_to_end(policy):
         prefect.advance(30)
         (job,) = (each for each in prefect.runs if each.flow_run.name.startswith("job"))
         assert job.state.is_running() == (policy != "cancel")
+
+
+def test_the_report_names_children_that_were_cancelled_before_and_says_why():
+    @supervised_flow
+    async def parent():
+        supervisor.spawn("score/gpu", name="early").cancel("nobody needs it")
+        await asyncio.sleep(30)
+        gc.collect()
+        supervisor.spawn("score/gpu", {"part": 2}, name="late")
+        await asyncio.sleep(30)
+        raise ValueError("the night is over")
+
+    with FakePrefect() as prefect:
+        prefect.deploy("score/gpu")
+        run = prefect.start(parent)
+        prefect.until(lambda: not run.is_alive, within=120)
+        early, late = run.report.receipts
+        assert (early.name, early.status, early.reason) == ("early", "cancelled", "nobody needs it")
+        assert (late.name, late.status) == ("late", "cancelled")
+        assert "the night is over" in late.reason

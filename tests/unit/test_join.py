@@ -447,6 +447,24 @@ def test_the_second_failure_of_a_gather_is_the_scopes(faults):
     assert {*heard, other.flow_run_id} == {child.id for child in run.below}
 
 
+def test_of_two_that_fail_alike_under_one_name_each_is_told_where_it_was_not_heard():
+    heard, cleaned = [], []
+
+    async def body():
+        both = supervisor.map("bad/test", [{"part": 0}, {"part": 1}])
+        try:
+            await supervisor.gather(*both)
+        except ChildFailed as exc:
+            heard.append(exc.flow_run_id)
+        await asyncio.sleep(5)
+        cleaned.append(True)
+
+    run = ended(body, faults=Faults(dropped_events=1.0))
+    (other,) = raised_by(run)
+    assert cleaned
+    assert {*heard, other.flow_run_id} == {child.id for child in run.below}
+
+
 def test_the_second_failure_of_a_gather_of_inline_children_is_the_scopes():
     heard = []
 

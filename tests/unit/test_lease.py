@@ -5,8 +5,11 @@ from uuid import uuid4
 
 from prefect.client.schemas.objects import FlowRun
 
+from supervised import _identity, supervised_flow, supervisor
 from supervised._budget import RequestBudget
 from supervised._lease import LeaseHolder
+from supervised.testing import FakePrefect
+from supervised.testing._client import FakeOrchestrator
 
 
 class Unanswering:
@@ -32,3 +35,32 @@ def test_a_renewal_that_nobody_answers_does_not_hold_up_the_end():
         await asyncio.wait_for(holding, 5)
 
     asyncio.run(story())
+
+
+def test_a_scope_that_ends_while_it_asks_for_its_lease_gives_no_sign_of_life_afterwards(
+    monkeypatch,
+):
+    label, asked = FakeOrchestrator.label, []
+
+    async def label_slowly(self, run_id, labels):
+        if _identity.LEASE in labels:
+            asked.append(prefect.seconds)
+            await asyncio.sleep(4)
+        await label(self, run_id, labels)
+
+    monkeypatch.setattr(FakeOrchestrator, "label", label_slowly)
+
+    @supervised_flow(lease_seconds=20, retries=1, retry_delay_seconds=600)
+    async def root():
+        supervisor.spawn("score/gpu")
+        await asyncio.sleep(1)
+        raise ValueError("bad")
+
+    with FakePrefect() as prefect:
+        prefect.deploy("score/gpu")
+        run = prefect.start(root)
+        prefect.until(lambda: run.state.name == "AwaitingRetry", within=60)
+        assert len(asked) == 1
+        prefect.advance(300)
+        assert run.has_process
+        assert len(asked) == 1

@@ -9,15 +9,18 @@ from uuid import uuid4
 import anyio
 import pytest
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Running, Scheduled
+from prefect.context import FlowRunContext
+from prefect.states import Cancelled, Pending, Running, Scheduled
 
 from supervised import supervised_flow, supervisor
+from supervised._host import current_host
 from supervised._identity import Lineage
 from supervised._policy import Budget, parent_reason
+from supervised._supervisor import Supervisor
 from supervised._teardown import Teardown
 from supervised._types import DEFAULT_ON_PARENT, Cause
 from supervised._watch import Watcher
-from supervised.testing import FakePrefect
+from supervised.testing import FakePrefect, _runner
 from supervised.testing._client import FakeOrchestrator
 
 SLOW = 8.0
@@ -73,8 +76,12 @@ def test_a_run_further_down_leaves_at_once_when_its_children_have_been_asked():
         assert middle.report.delegated_to == run.id
 
 
-def test_a_body_that_its_runner_has_signalled_is_not_interrupted_once_more():
-    """Its cleanup may take as long as the runner lets it."""
+@pytest.mark.parametrize("heard_within", [0.5, 4.0])
+def test_a_body_that_its_runner_has_signalled_is_not_interrupted_once_more(
+    monkeypatch, heard_within
+):
+    """Its cleanup may take as long as the runner lets it, however late that has signalled."""
+    monkeypatch.setattr(_runner, "_HEAR_SECONDS", heard_within)
     ends = []
 
     @supervised_flow
@@ -92,6 +99,77 @@ def test_a_body_that_its_runner_has_signalled_is_not_interrupted_once_more():
         run.cancel()
         prefect.until(lambda: not prefect.alive, within=60)
     assert ends == ["tidy"]
+
+
+@pytest.mark.parametrize("child", ["is scheduled", "is queued for a slot", "runs"])
+@pytest.mark.parametrize("top", ["root", "region"])
+def test_a_body_hears_of_no_childs_end_before_its_runners_signal(monkeypatch, top, child):
+    """It would be cut off in its cleanup, though whoever ended the child was quicker than that."""
+    monkeypatch.setattr(_runner, "_HEAR_SECONDS", 4.0)
+    ends = []
+
+    @supervised_flow(max_concurrent=1)
+    async def region():
+        if child == "is queued for a slot":
+            supervisor.spawn("leaf/test")
+        waited_for = supervisor.spawn("leaf/test")
+        try:
+            await waited_for
+        except BaseException as exc:  # what it is told, whatever that is
+            ends.append(type(exc))
+            await asyncio.sleep(6)
+            ends.append("tidy")
+            raise
+
+    with FakePrefect() as prefect:
+        prefect.deploy("region/test", region, runner="region")
+        prefect.deploy("leaf/test", runner="leaf")
+        if child == "is scheduled":
+            prefect.runners["leaf"].kill()
+        run = prefect.start(root if top == "root" else "region/test")
+        prefect.advance(30)
+        run.cancel()
+        if child == "runs":
+            leaf = prefect.runs[-1]
+            prefect.until(lambda: leaf.state.is_cancelling(), within=1)
+            prefect.server.propose(leaf.id, Cancelled(message="by a runner that was quicker"))
+        prefect.until(lambda: not any(each.has_process for each in prefect.runs), within=100)
+    assert ends == [asyncio.CancelledError, "tidy"]
+
+
+def test_ending_a_tree_of_three_levels_takes_four_requests_a_run(monkeypatch):
+    """Each has its own state to read and to write; nobody looks at what is above it any more."""
+    call, requests = FakeOrchestrator.call, []
+
+    async def counted(self, *given, **named):
+        requests.append(given)
+        return await call(self, *given, **named)
+
+    @supervised_flow
+    async def leaf(number: int):
+        await asyncio.sleep(3600)
+
+    @supervised_flow
+    async def region(number: int):
+        await supervisor.map("leaf/test", [{"number": number} for number in range(3)])
+
+    @supervised_flow
+    async def country():
+        await supervisor.map("region/test", [{"number": number} for number in range(3)])
+
+    with FakePrefect() as prefect:
+        prefect.deploy("region/test", region, runner="region")
+        prefect.deploy("leaf/test", leaf, runner="leaf")
+        prefect.deploy("country/test", country, runner="country")
+        run = prefect.start("country/test")
+        prefect.until(
+            lambda: sum(each.state.is_running() for each in prefect.runs) == 13, within=60
+        )
+        prefect.advance(20)
+        monkeypatch.setattr(FakeOrchestrator, "call", counted)
+        run.cancel()
+        prefect.until(lambda: not prefect.alive, within=60)
+    assert len(requests) <= 4 * 13 + 5
 
 
 @pytest.mark.parametrize("seconds", [4.0, 12.0])
@@ -284,3 +362,55 @@ def test_detached_children_are_made_known_one_after_the_other(monkeypatch):
         assert [each.state.is_running() for each in prefect.alive] == [True] * count
     assert len(most) == count
     assert set(most) == {1}
+
+
+@pytest.mark.parametrize("ends", ["returns", "raises", "is cancelled"])
+def test_a_leaf_that_has_called_a_flow_which_launched_nothing_ends(ends, monkeypatch):
+    """It ended again and again, and let nobody else do anything meanwhile."""
+    begin, begun, helped = Supervisor.begin_teardown, [], []
+
+    def begin_a_few_times(*given):
+        begun.append(given)
+        if len(begun) > 10:
+            raise RuntimeError("again and again")
+        return begin(*given)
+
+    monkeypatch.setattr(Supervisor, "begin_teardown", begin_a_few_times)
+
+    @supervised_flow
+    async def helper():
+        helped.append(1)
+
+    async def call_as_prefect_does(flow):
+        context = FlowRunContext.get()
+        context.task_run_dynamic_keys[flow.name] = 0
+        tracking = prefect.server.track(uuid4(), context.flow_run.id, flow.name)
+        run = prefect.server.create(flow.name, state=Pending(), parent_task_run_id=tracking)
+        await current_host.get().run_flow(flow, run, {})
+
+    @supervised_flow
+    async def leaf():
+        await call_as_prefect_does(helper)
+        await asyncio.sleep(3600 if ends == "is cancelled" else 30)
+        if ends == "raises":
+            raise ValueError("bad")
+
+    @supervised_flow(on_child_failure="ignore")
+    async def parent():
+        child = supervisor.spawn("leaf/test")
+        while not helped:
+            await asyncio.sleep(1)
+        await asyncio.sleep(10)
+        if ends == "is cancelled":
+            child.cancel()
+        await child.wait_async(40)
+        return child.outcome
+
+    with FakePrefect() as prefect:
+        prefect.deploy("leaf/test", leaf)
+        run = prefect.start(parent)
+        prefect.until(lambda: not prefect.alive, within=60)
+        assert run.state.is_completed()
+        leaf_state = {"returns": "Completed", "raises": "Failed", "is cancelled": "Cancelled"}[ends]
+        assert [each.state.name for each in run.below] == [leaf_state, "Completed"]
+    assert len(begun) < 10

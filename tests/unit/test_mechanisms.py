@@ -22,6 +22,9 @@ from supervised import (
     supervised_flow,
     supervisor,
 )
+from supervised._asking import Asking
+from supervised._discovery import Discovery
+from supervised._escalation import Escalation
 from supervised._lease import LeaseHolder
 from supervised._lifecycle import Lifecycle
 from supervised._link import Link
@@ -595,20 +598,20 @@ SWITCHES = [
     ),
     (
         test_a_cancelled_run_ends_its_tree_before_its_runner_has_told_it,
-        Teardown,
-        "_ask_server",
+        Asking,
+        "ask_server",
         nothing_async,
     ),
     (
         test_a_child_that_is_cancelled_while_its_process_starts_is_closed,
-        Teardown,
-        "_close_unstarted",
+        Escalation,
+        "_close",
         nothing_async,
     ),
     (
         test_a_child_whose_parent_dies_while_it_is_created_is_found,
-        Teardown,
-        "_discover",
+        Discovery,
+        "search",
         nothing_async,
     ),
     (

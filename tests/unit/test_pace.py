@@ -114,3 +114,58 @@ def test_what_a_request_raises_ends_the_whole():
 
     with pytest.RaisesGroup(ConnectionError):
         asyncio.run(Pace().each(range(CHUNK), ask))
+
+
+def test_it_looks_again_in_case_the_server_has_changed(clock):
+    pace = Pace()
+    send(pace, 8, lambda width: width * 1.0, clock)
+    assert send(pace, 160, lambda width: 1.0, clock)[:60] == [1] * 60
+    assert pace.width == 8
+
+
+def test_it_looks_again_at_once_where_what_was_best_has_become_much_slower(clock):
+    pace = Pace()
+    send(pace, 38, lambda width: 1.0, clock)
+    assert pace.width == 8
+    send(pace, 80, lambda width: width * 1.0, clock)
+    assert pace.width == 1
+
+
+def test_one_round_that_is_slow_does_not_make_it_look_again(clock):
+    pace, slow = Pace(), iter([9.0])
+    send(pace, 8, lambda width: width * 1.0, clock)
+    assert send(pace, 6, lambda width: next(slow, 1.0), clock) == [1] * 6
+
+
+def test_what_a_run_takes_is_measured_whatever_the_width(clock):
+    pace = Pace()
+    assert pace.seconds_each == 0
+    send(pace, 30 + 8 * 8, lambda width: 5.0, clock)
+    assert pace.width == 8
+    assert pace.seconds_each == pytest.approx(5.0 / (8 * CHUNK))
+
+
+def sizes_of(pace, count, answers):
+    """Ask for so many; return the sizes of the chunks. A request that says false times out."""
+    sizes = []
+
+    async def ask(chunk):
+        sizes.append(len(chunk))
+        is_answered = next(answers, True)
+        if not is_answered:
+            pace.note_timeout(len(chunk))
+        return is_answered
+
+    asyncio.run(pace.each(range(count), ask))
+    return sizes
+
+
+def test_a_chunk_that_was_not_answered_in_time_is_followed_by_smaller_ones(clock):
+    sizes = sizes_of(Pace(), 150, iter([False, False, True]))
+    assert sizes == [50, 12, 3, 6, 12, 24, 43]
+
+
+def test_a_server_that_answers_nothing_is_asked_for_one_at_a_time_at_last(clock):
+    sizes = sizes_of(Pace(), 110, iter([False] * 20))
+    assert sizes[:3] == [50, 12, 3]
+    assert set(sizes[3:20]) == {1}

@@ -124,3 +124,42 @@ def test_a_server_that_takes_no_requests_is_not_asked_for_each(status):
     with pytest.raises(PrefectHTTPStatusError):
         asyncio.run(api.request_cancel([UUID(int=number) for number in range(1, 51)], "over"))
     assert client.requests == 1
+
+
+class Old:
+    """Sets the states of single runs only.
+
+    Args:
+        status: The answer to a request in bulk.
+    """
+
+    def __init__(self, status):
+        self._status = status
+        self.in_bulk = 0
+        self.asked = []
+
+    async def request(self, method, path, **_):
+        self.in_bulk += 1
+        request = httpx.Request(method, "http://prefect.test")
+        response = httpx.Response(self._status, json={"detail": "no"}, request=request)
+        raise PrefectHTTPStatusError("no", request=request, response=response)
+
+    async def set_flow_run_state(self, run_id, state):
+        self.asked.append(run_id)
+        return SimpleNamespace(state=state)
+
+
+@pytest.mark.parametrize("status", [403, 404, 405, 501])
+def test_a_server_that_sets_no_states_in_bulk_is_asked_for_each_run_and_not_tried_again(status):
+    client = Old(status)
+    api = PrefectOrchestrator(client, RequestBudget())
+    everything = [UUID(int=number) for number in range(1, 121)]
+
+    async def ask_twice():
+        acks = await api.request_cancel(everything[:70], "the night is over")
+        return acks + await api.request_cancel(everything[70:], "the night is over")
+
+    acks = asyncio.run(ask_twice())
+    assert [ack.run_id for ack in acks] == client.asked == everything
+    assert all(ack.accepted for ack in acks)
+    assert client.in_bulk == 1

@@ -497,6 +497,84 @@ def test_an_inline_child_that_is_slow_to_launch_runs_once_at_a_time(monkeypatch)
         assert set(most) == {1}
 
 
+@pytest.mark.parametrize("kind", ["inline", "deployment"])
+def test_a_launch_that_a_restart_has_overtaken_leaves_the_next_attempts_run_alone(
+    kind, monkeypatch
+):
+    """It was about to request a run, and the restart was over before it did."""
+    flaky, slow, outcomes = fails_once(takes=30), [], []
+    read, create = FakeOrchestrator.read_deployment, FakeOrchestrator.create_inline_run
+
+    async def read_slowly(self, *given):
+        await asyncio.sleep(9 if slow else 0)
+        return await read(self, *given)
+
+    async def create_slowly(self, *given):
+        await asyncio.sleep(9 if slow else 0)
+        return await create(self, *given)
+
+    monkeypatch.setattr(FakeOrchestrator, "read_deployment", read_slowly)
+    monkeypatch.setattr(FakeOrchestrator, "create_inline_run", create_slowly)
+
+    @supervised_flow
+    async def part():
+        await asyncio.sleep(20)
+
+    @supervised_flow(restart=Restart(strategy="one_for_all"))
+    async def root():
+        culprit = supervisor.spawn(flaky)
+        while not culprit.state.is_running():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(22)
+        slow.append(True)
+        late = supervisor.spawn(part if kind == "inline" else "part/test", key="late")
+        await late.wait_async(120)
+        outcomes.append(late.outcome)
+        slow.clear()
+
+    with FakePrefect() as prefect:
+        prefect.deploy("part/test", part)
+        run = prefect.start(root)
+        assert until_over(prefect, run) == 1
+        assert run.state.is_completed()
+        assert outcomes == ["completed"]
+        assert generations(run)["late"] == [1]
+
+
+@pytest.mark.usefixtures("answers_late")
+def test_a_run_that_is_answered_after_its_attempt_was_replaced_is_ended_and_is_nobodys():
+    flaky, handles, known = fails_once(takes=30), [], set()
+
+    @supervised_flow(restart=Restart(strategy="one_for_all"))
+    async def root():
+        culprit = supervisor.spawn(flaky)
+        while not culprit.state.is_running():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(25)
+        late = supervisor.spawn("score/gpu", key="late")
+        handles.append(late)
+        while not late.is_over:
+            await asyncio.sleep(0.1)
+            known.add(late.flow_run_id)
+        return late.outcome
+
+    with FakePrefect() as prefect:
+        prefect.deploy("score/gpu", takes=20)
+        run = prefect.start(root)
+        prefect.until(lambda: generations(run).get("late"))
+        (late,) = handles
+        prefect.until(lambda: late.cancel_reason is not None)
+        assert late.settle("cancelled", of=late.attempt) is False
+        prefect.until(lambda: not prefect.alive)
+        assert run.state.is_completed()
+        first, second = (
+            each for each in run.below if each.flow_run.labels["supervised.key"] == "late"
+        )
+        assert [first.state.name, second.state.name] == ["Cancelled", "Completed"]
+        assert known == {None, second.id}
+        assert late.outcome == "completed"
+
+
 # -- restarts and other ends ----------------------------------------------------------------------
 
 
@@ -699,6 +777,32 @@ def test_the_time_of_a_restarted_child_is_that_of_its_present_run():
         prefect.until(lambda: not prefect.alive)
         assert run.state.is_completed()
         assert names(run.below) == [0, 1]
+
+
+def test_the_deadline_of_an_attempt_that_is_over_does_not_end_the_child_that_waits_for_the_next():
+    flaky = fails_once(takes=55, then=20)
+
+    @supervised_flow
+    async def stubborn():
+        try:
+            await asyncio.sleep(90)
+        except asyncio.CancelledError:
+            await asyncio.sleep(15)
+            raise
+
+    @supervised_flow(restart=Restart(strategy="one_for_all"))
+    async def root():
+        child = supervisor.spawn("flaky/test", key="flaky", timeout_seconds=60)
+        supervisor.spawn("stubborn/test", key="stubborn")
+        return await child
+
+    with FakePrefect() as prefect:
+        prefect.deploy("flaky/test", flaky)
+        prefect.deploy("stubborn/test", stubborn)
+        run = prefect.start(root)
+        prefect.until(lambda: not prefect.alive)
+        assert run.state.is_completed()
+        assert generations(run) == {"flaky": [0, 1], "stubborn": [0, 1]}
 
 
 def test_a_backoff_that_cannot_be_told_delays_nothing_and_hides_nothing():

@@ -60,7 +60,7 @@ def test_it_overtakes_a_body_that_goes_on_after_it_has_cancelled_its_children():
         run = prefect.start(root)
         assert 60 <= final_at(prefect, run) < 65
         assert run.state.name == "TimedOut"
-        assert not prefect.alive
+        prefect.until(lambda: not prefect.alive, within=1)
 
 
 def test_it_does_not_wait_for_a_restart():

@@ -5,9 +5,12 @@ from contextlib import asynccontextmanager
 from uuid import uuid4
 
 import anyio
+import attrs
 import pytest
+from prefect.client.schemas.objects import StateType
 
 from supervised import _clock
+from supervised._api import RunEvent
 from supervised._watch import open_watcher
 from supervised.testing._virtual import VirtualLoop
 
@@ -145,3 +148,28 @@ def test_what_a_failure_took_is_no_reason_to_read_less_often():
     before = [moment for moment, _ in api.reads if moment <= 300.0]
     assert len(before) >= 4
     assert api.reads[len(before)][0] <= 300.0 + 60.0 + 10.0
+
+
+@attrs.frozen
+class AChild:
+    """A child whose run exists."""
+
+    is_local: bool
+    flow_run_id: object = attrs.field(factory=uuid4)
+
+
+@pytest.mark.parametrize(("is_local", "is_owner", "reads"), [(1, 0, 0), (1, 1, 1), (0, 0, 1)])
+def test_the_end_of_what_runs_here_is_not_read_for_the_sake_of_its_parent(
+    is_local, is_owner, reads
+):
+    api, child = Api(0.1, hears=True), AChild(bool(is_local))
+
+    def begin(watcher):
+        watcher.watch(child)
+        if is_owner:
+            watcher.watch_owner(child.flow_run_id, lambda run: None)
+        watcher._on_event(RunEvent(child.flow_run_id, StateType.COMPLETED))
+        watcher._children.clear()  # the server knows none of them
+
+    play(api, 1, begin)  # before the first poll
+    assert len(api.reads) == reads
