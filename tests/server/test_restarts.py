@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 import pytest
@@ -185,10 +186,16 @@ def test_a_deployment_that_fails_too_often_tells_its_last_end(world, queue):
     @supervised_flow(on_child_failure="ignore")
     def parent():
         child = supervisor.spawn(queue, key="k", restart=Restart(max=1))
-        for number in range(2):
-            set_state(world, attempt(child, number), Failed(message=f"end {number}"))
-        with pytest.raises(ChildFailed, match=r"after 1 restart\(s\): end 1"):
-            child.result()
+
+        def fail():
+            for number in range(2):
+                set_state(world, attempt(child, number), Failed(message=f"end {number}"))
+
+        with ThreadPoolExecutor() as aside:  # a body that asks too late is interrupted instead
+            failing = aside.submit(fail)
+            with pytest.raises(ChildFailed, match=r"after 1 restart\(s\): end 1"):
+                child.result()
+            failing.result()
         raise KeyError("the body's own")
 
     with pytest.raises(Exception, match="2 failure"):
