@@ -29,7 +29,6 @@ from supervised._api import PrefectOrchestrator
 from supervised._bulk import BulkCreation
 from supervised._finished import Finished
 from supervised._pace import Pace
-from supervised._writers import Writers
 
 Switch = Callable[[], contextlib.AbstractContextManager[Any]]
 LAZY = "from prefect import flow; import supervised"
@@ -70,11 +69,6 @@ async def _track_one_by_one(
     return {request.tracking_id for request in requests}
 
 
-async def _one(*_: Any) -> bool:
-    """Find out that there are not several writers, whether there are or not."""
-    return False
-
-
 def _one_by_one() -> contextlib.AbstractContextManager[Any]:
     """Cancel by a request a run."""
     begin = PrefectOrchestrator.__init__
@@ -94,11 +88,6 @@ PARTS = [
         lambda: mock.patch.object(BulkCreation, "_track", _track_one_by_one),
     ),
     Part("two batches overlap", "launch", lambda: mock.patch.object(_batch, "_AT_ONCE", 1)),
-    Part(
-        "recorded and created side by side, where the database can",
-        "launch",
-        lambda: mock.patch.object(Writers, "find_out", _one),
-    ),
     Part("runs cancelled in bulk", "cancel", _one_by_one),
     Part(
         "several requests at a time, where that is quicker",

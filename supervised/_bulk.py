@@ -182,7 +182,6 @@ class BulkCreation:
         requests: Sequence[RunRequest],
     ) -> list[UUID]:
         """Create runs, and end the turn as soon as the next one does not disturb them."""
-        made: list[UUID] | Exception = []
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._end_early, turn, requests[0].parent_run_id)
             made = await _outcome(self._create(deployment, requests))
