@@ -58,7 +58,6 @@ from supervised._errors import (
 )
 from supervised._pace import CHUNK, Pace
 from supervised._stall import Limit
-from supervised._writers import Writers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -269,8 +268,8 @@ class PrefectOrchestrator:
         self._bulk = True
         # Concurrent writers collide on SQLite and wait for each other's locks: four launches
         # took 2 to 6 s side by side, and 0.4 s one after another.
-        self._writers = Writers()
-        self._bulk_creation = BulkCreation(client, self._writers, self.read_runs, _tracking_task)
+        self._one_write = anyio.CapacityLimiter(1)
+        self._bulk_creation = BulkCreation(client, self._one_write, self.read_runs, _tracking_task)
         self._creations = Batches(self._create_in_bulk, limit=BULK_CREATION_LIMIT)
         self._one_alone = anyio.Lock()
         self._one_inline = anyio.Lock()
@@ -424,13 +423,13 @@ class PrefectOrchestrator:
         return tracking.id
 
     async def _write(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Make a request for a launch, in turn.
+        """Make a request for a launch, one at a time.
 
         Raises:
             ParametersError: If the server says that the parameters do not fit.
         """
         try:
-            async with self._writers.turns:
+            async with self._one_write:
                 return await request()
         except PrefectHTTPStatusError as exc:
             if exc.response.status_code in {400, 409, 422}:

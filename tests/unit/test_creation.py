@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from types import SimpleNamespace
 from uuid import uuid4
@@ -142,100 +141,6 @@ def test_who_is_in_one_batch_hears_of_its_run_while_the_next_batch_is_created():
         assert client.sizes == [LIMIT, MANY]
 
     asyncio.run(act())
-
-
-class Database(Client):
-    """Takes one writer at a time, or several.
-
-    Args:
-        overlapping: How many creations last until the next one is under way, too. None of them
-            would end if there were one writer.
-        locked: Whether a creation locks out what else writes, and lasts until that is tried.
-        refuses: Whether runs cannot be updated.
-        loses: Whether creations that are under way at the same time lead to nothing.
-    """
-
-    def __init__(self, *, overlapping=0, locked=False, refuses=False, loses=False):
-        super().__init__()
-        self.overlapping, self.refuses, self.loses = overlapping, refuses, loses
-        self.lock = anyio.CapacityLimiter(1 if locked else 100)
-        self.is_locked = locked
-        self.changed = asyncio.Condition()
-        self.begun = self.under_way = self.most = self.updates = 0
-        self.meanwhile = 0  # task runs that were sent while runs were being created
-        self.have_collided = False
-
-    async def request(self, method, path, *, json, **options):
-        if path == "/events":
-            self.meanwhile += len(json) if self.under_way else 0
-            self.recorded = len(json)
-            return None
-        if path == "/task_runs/count":
-            return SimpleNamespace(json=lambda: self.recorded)
-        async with self.lock, self.counted() as number:
-            if number <= self.overlapping:
-                await self.until(lambda: self.begun > number)
-            elif self.is_locked or self.refuses:
-                await self.until(lambda: self.updates)
-                await asyncio.sleep(0.05)  # time enough for what must not happen
-            made = [] if self.have_collided and self.loses else json
-            return await super().request(method, path, json=made, **options)
-
-    @contextlib.asynccontextmanager
-    async def counted(self):
-        self.begun, self.under_way = self.begun + 1, self.under_way + 1
-        self.have_collided = self.under_way > 1
-        self.most = max(self.most, self.under_way)
-        await self.tell()
-        yield self.begun
-        self.under_way -= 1
-
-    async def update_flow_run(self, run_id):
-        self.updates += 1
-        await self.tell()
-        if self.refuses:
-            raise ConnectionResetError("the server has hung up")
-        async with self.lock:
-            pass
-
-    async def tell(self):
-        async with self.changed:
-            self.changed.notify_all()
-
-    async def until(self, condition):
-        async with self.changed:
-            await asyncio.wait_for(self.changed.wait_for(condition), 10)
-
-
-def test_one_batch_alone_is_no_reason_to_find_out_about_the_database():
-    client = Database()
-    assert None not in create(client, range(LIMIT), is_linked=True)
-    assert client.updates == 0
-
-
-def test_where_several_write_at_a_time_task_runs_are_recorded_while_runs_are_created():
-    client = Database(overlapping=3)
-    assert None not in create(client, range(4 * LIMIT), is_linked=True)
-    assert client.sizes == [LIMIT] * 4
-    assert client.meanwhile == 3 * LIMIT
-    assert client.most == 2
-    assert client.updates == 3  # and never again
-
-
-@pytest.mark.parametrize("how", ["locked", "refuses"])
-def test_where_one_writes_at_a_time_nothing_is_sent_while_runs_are_created(how):
-    client = Database(**{how: True})
-    assert None not in create(client, range(3 * LIMIT), is_linked=True)
-    assert client.sizes == [LIMIT] * 3
-    assert (client.meanwhile, client.most) == (0, 1)
-    assert client.updates in ({1} if how == "refuses" else {1, 2})
-
-
-def test_where_two_creations_lead_to_nothing_one_follows_the_other_from_then_on():
-    client = Database(overlapping=1, loses=True)
-    assert None not in create(client, range(4 * LIMIT), is_linked=True)
-    assert client.sizes == [0, 0, *[LIMIT] * 4]
-    assert client.meanwhile == LIMIT
 
 
 def test_when_all_have_been_created_nobody_waits_for_another_attempt(monkeypatch):
