@@ -639,8 +639,15 @@ class Supervisor(Joiners):
         """Why the scope is being torn down, if it is."""
         return self._ending
 
-    def begin_teardown(self, cause: Cause, reason: CancelReason) -> concurrent.futures.Future[None]:
+    def begin_teardown(
+        self, cause: Cause, reason: CancelReason, first: Callable[[], object] = lambda: None
+    ) -> concurrent.futures.Future[None]:
         """Begin to end everything below, once; from any thread.
+
+        Args:
+            cause: What ends the scope.
+            reason: Why, for the children.
+            first: Called before anything is ended, if this call is what begins it.
 
         Returns:
             A future that is done when the report is there.
@@ -658,6 +665,7 @@ class Supervisor(Joiners):
             self._ending = (cause, reason)
             self._tearing = None
             self._registry.ban(describe_ban(reason))
+            first()
             self._teardown = self.engage()[0].submit(self._tear_down)
             self._teardown.add_done_callback(self._note_teardown)
         self._lives.stop_restarts()
@@ -882,10 +890,15 @@ class Supervisor(Joiners):
         if self._span is not None:
             self._span.culprit = child.span
         self._culprit = child
-        # Asked before they are ended: a thread would wake up with the cancellation of the one that
-        # it waits for, and be cut off in its cleanup.
+        # Before they are ended: a thread would wake up with the cancellation of the one that it
+        # waits for, and be cut off in its cleanup.
         awaits_another = self._awaits_a_child
-        self.begin_teardown("failed", reason)
+
+        def interrupt_thread() -> None:
+            if awaits_another and self.body.loop is None:
+                self._interrupt_unheard(child)
+
+        self.begin_teardown("failed", reason, interrupt_thread)
         if child.delivered:
             return
         if self.body.loop is not None or awaits_another:

@@ -135,14 +135,18 @@ class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self, jump: Callable[[float], None]) -> None:
         super().__init__()
         self._jump = jump
-        self._threads = threading.active_count()
+        self._others = frozenset(threading.enumerate())  # may end at any time: not to be counted
 
     def select(self, timeout: float | None = None) -> Any:
         """Return what is ready; if nothing is, let the time pass without waiting for it."""
+        if timeout is not None and timeout <= 0:
+            return super().select(0)
+        # Looked at first: a thread that has ended by then has said before what it had to say.
+        is_alone = self._others.issuperset(threading.enumerate())
         ready = super().select(0)
-        if ready or (timeout is not None and timeout <= 0):
+        if ready:
             return ready
-        if threading.active_count() > self._threads:
+        if not is_alone:
             ready = super().select(_THREAD_SECONDS if timeout is not None else None)
         elif timeout is None:
             raise RuntimeError("Nothing can ever happen any more: every task waits for another")

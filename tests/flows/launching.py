@@ -24,7 +24,7 @@ class Slow:
 
     def __reduce__(self):
         reached.set()
-        assert released.wait(60)
+        assert released.wait(120)
         return Slow, ()
 
 

@@ -297,7 +297,7 @@ def with_hooks_by_method(decorate: Decorate, seen: Observer) -> Callable[[], obj
 
 
 def timed_out(decorate: Decorate, seen: Observer) -> Callable[[], object]:
-    @decorate(timeout_seconds=0.3, **hooks(seen))
+    @decorate(timeout_seconds=1, **hooks(seen))
     def timed_out() -> None:
         seen.look()
         end = time.monotonic() + 60

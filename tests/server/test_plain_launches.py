@@ -33,7 +33,7 @@ def queue(server):
 
 def state_of(run_id) -> str:
     with get_client(sync_client=True) as client:
-        return client.read_flow_run(run_id).state_name
+        return client.read_flow_run(run_id).state_type.value
 
 
 def test_a_body_that_went_on_after_a_teardown_is_torn_down_again(queue):
@@ -48,7 +48,7 @@ def test_a_body_that_went_on_after_a_teardown_is_torn_down_again(queue):
 
     with pytest.raises(BaseException, match="body"):
         asyncio.run(parent())
-    assert state_of(launched[0]) == "Cancelled"
+    assert state_of(launched[0]) == "CANCELLED"
 
 
 @pytest.mark.parametrize("decorate", [flow, supervised_flow], ids=["plain", "supervised"])
@@ -66,7 +66,7 @@ def test_what_a_flow_launched_that_the_body_called_goes_with_the_body(queue, dec
 
     with pytest.raises(KeyError):
         asyncio.run(parent())
-    assert state_of(launched[0]) == "Cancelled"
+    assert state_of(launched[0]) == "CANCELLED"
 
 
 def test_a_retried_inner_flow_hides_nothing(queue):
@@ -91,7 +91,7 @@ def test_a_retried_inner_flow_hides_nothing(queue):
     with pytest.raises(KeyError):
         asyncio.run(parent())
     assert len(attempts) == 2
-    assert state_of(launched[0]) == "Cancelled"
+    assert state_of(launched[0]) == "CANCELLED"
 
 
 def test_a_body_that_returns_leaves_what_it_launched_plainly(queue):
@@ -102,7 +102,7 @@ def test_a_body_that_returns_leaves_what_it_launched_plainly(queue):
         launched.append((await run_deployment(queue, timeout=0)).id)
 
     asyncio.run(parent())
-    assert state_of(launched[0]) == "Scheduled"
+    assert state_of(launched[0]) == "SCHEDULED"
 
 
 def test_what_a_detached_child_has_launched_is_left_alone(queue):
@@ -135,4 +135,4 @@ def test_what_a_detached_child_has_launched_is_left_alone(queue):
 
     with pytest.raises(KeyError):
         asyncio.run(parent())
-    assert state_of(launched[0]) == "Scheduled"
+    assert state_of(launched[0]) == "SCHEDULED"

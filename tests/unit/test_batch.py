@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from supervised._batch import Batches, Groups
+from supervised.testing._virtual import VirtualLoop
 
 
 class Server:
@@ -169,8 +170,8 @@ def test_who_waits_when_it_is_closed_at_once_is_cancelled_and_so_is_nobody_after
         await asyncio.sleep(0)
         await batches.close()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(answer, 5)
-        assert await asyncio.wait_for(batches.submit("a", 2), 5) == "<2>"
+            await asyncio.wait_for(answer, 60)
+        assert await asyncio.wait_for(batches.submit("a", 2), 60) == "<2>"
         await batches.close()
 
     asyncio.run(run())
@@ -198,7 +199,7 @@ def test_what_comes_while_the_last_requests_are_under_way_is_sent(acting):
         await asyncio.sleep(0.05)
         later = submitted(batches, [7])
         server.may_answer.set()
-        assert await asyncio.wait_for(asyncio.gather(*first, *later), 5) == [
+        assert await asyncio.wait_for(asyncio.gather(*first, *later), 60) == [
             "<0>",
             "<1>",
             "<2>",
@@ -220,7 +221,11 @@ def acting_on_groups(test):
         server = Server()
         return await test(server, Groups(server.send))
 
-    return asyncio.run(run())
+    loop = VirtualLoop()  # how many groups there are depends on how long a sleep takes
+    try:
+        return loop.run_until_complete(run())
+    finally:
+        loop.close()
 
 
 def test_what_is_added_in_the_same_instant_is_acted_upon_once_and_together():

@@ -9,7 +9,7 @@ import pytest
 
 from supervised._bell import SIGNAL_THREAD, Bell
 
-SECONDS = 5
+SECONDS = 60
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,8 @@ def a_handler():
 @pytest.fixture
 def bell():
     """A bell that nobody listens to afterwards."""
+    for thread in listening_threads():
+        thread.join(SECONDS)  # an earlier bell's
     made = Bell()
     yield made
     for listener in list(made._listeners):

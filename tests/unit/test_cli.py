@@ -109,7 +109,7 @@ def test_a_guard_is_healthy_while_it_can_look_at_the_server():
             cli.answering_health(guard, listening),
         ):
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/health"
-            assert httpx.get(url).status_code == 503
+            assert httpx.get(url, timeout=60).status_code == 503
             guard.looked_at = time.monotonic()  # not by the clock of the simulation
-            healthy = httpx.get(url)
+            healthy = httpx.get(url, timeout=60)
             assert (healthy.status_code, healthy.json()) == (200, {"healthy": True})

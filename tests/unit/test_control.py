@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 
 from supervised._control import ControlPlane
 
-SECONDS = 5
+SECONDS = 60
 mine = contextvars.ContextVar("mine", default="nothing")
 
 
@@ -53,6 +53,8 @@ def plane(services):
 
 @pytest.fixture(autouse=True)
 def _no_plane_is_left_behind():
+    for thread in threads_of_planes():
+        thread.join(timeout=SECONDS)  # another test's, which is ending
     yield
     assert ControlPlane._running == {}
 
@@ -180,7 +182,7 @@ def test_a_coroutine_that_cancels_itself_cancels_its_future(plane):
 
     future = plane.submit(give_up)
     # Not `result`: only `wait` overlooks a cancellation that nobody was notified of.
-    done, _ = concurrent.futures.wait([future], timeout=1)
+    done, _ = concurrent.futures.wait([future], timeout=SECONDS)
     assert done == {future}
     assert future.cancelled()
 

@@ -12,7 +12,7 @@ from supervised._finalizers import FINALIZER_THREAD, Finalizers
 from supervised.testing import FakePrefect
 
 
-def run(finalizers, seconds=5.0):
+def run(finalizers, seconds=60.0):
     return asyncio.run(finalizers.run(seconds))
 
 
@@ -57,14 +57,14 @@ def test_one_that_takes_too_long_is_told_and_left_behind():
     release = threading.Event()
 
     def hangs():
-        release.wait(10)
+        release.wait(60)
 
     began = time.monotonic()
-    assert run(added(lambda: None, hangs), 0.05) == [
-        "hangs: not done within the grace of 0.05 s",
-        "<lambda>: not called, the grace of 0.05 s was over",
+    assert run(added(lambda: None, hangs), 0.5) == [
+        "hangs: not done within the grace of 0.5 s",
+        "<lambda>: not called, the grace of 0.5 s was over",
     ]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     release.set()
     for thread in threading.enumerate():
         if thread.name == FINALIZER_THREAD:
@@ -77,7 +77,7 @@ def test_those_whose_turn_comes_after_the_grace_are_not_called():
     async def asynchronous():
         called.append("asynchronous")
 
-    finalizers = added(lambda: called.append("sync"), asynchronous, lambda: release.wait(10))
+    finalizers = added(lambda: called.append("sync"), asynchronous, lambda: release.wait(60))
     assert run(finalizers, 0.05)[1:] == [
         "asynchronous: not called, the grace of 0.05 s was over",
         "<lambda>: not called, the grace of 0.05 s was over",
@@ -96,8 +96,8 @@ def test_one_that_raises_stop_iteration_is_told_at_once():
         next(iter(()))
 
     began = time.monotonic()
-    assert run(added(first_of_none), 10) == ["first_of_none: StopIteration: "]
-    assert time.monotonic() - began < 5
+    assert run(added(first_of_none), 60) == ["first_of_none: StopIteration: "]
+    assert time.monotonic() - began < 30
 
 
 def test_they_see_the_context_in_which_they_were_added():

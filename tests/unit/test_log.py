@@ -24,4 +24,5 @@ def test_a_line_names_the_place_that_it_comes_from(caplog):
         logging.getLogger("prefect.supervised.place").addHandler(caplog.handler)
         get_logger("prefect.supervised.place").warning("here")
         logging.getLogger("prefect.supervised.place").removeHandler(caplog.handler)
-    assert caplog.records[0].filename == "test_log.py"
+    mine = [each for each in caplog.records if each.name == "prefect.supervised.place"]
+    assert mine[0].filename == "test_log.py"
