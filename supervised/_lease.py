@@ -60,10 +60,13 @@ class LeaseHolder:
             tasks.cancel_scope.cancel()
 
     async def _renew_for_ever(self) -> None:
+        began = _clock.monotonic()
         while True:
             # Of a small budget no more than half, or nothing would ever be launched.
             spared = min(2 * self._api.budget.seconds_of_one, self._seconds / 2)
-            await anyio.sleep(max(renewal_seconds(self._seconds), spared))
+            due = began + max(renewal_seconds(self._seconds), spared)
+            await anyio.sleep(max(0.0, due - _clock.monotonic()))  # one may have taken its time
+            began = _clock.monotonic()
             await self.renew()
 
     async def renew(self) -> None:

@@ -43,6 +43,9 @@ _PAGE = 200  # what one request reads: to read some of it alone saves nothing
 _POLLS = 3  # of which the quickest counts: one may have waited for a server that was starting anew
 _POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02
+# The server tells of a change before it has committed it (server/orchestration/
+# instrumentation_policies.py, `after_transition`): a read may come too early.
+_COMMIT_SECONDS = 0.5
 _MOST_REST_SECONDS = 1.0
 _REST = 5.0  # times what a read has taken, before the next: reads then take a sixth of the time
 _BURST = 10  # reads without a rest: what waits for the last of a few children waits for it alone
@@ -158,6 +161,10 @@ class Watcher:
         """Have a run read soon."""
         self._hinted.add(run_id)
         self._wake_reader.set()
+
+    def _hint_again(self, run_id: UUID) -> None:
+        if any(run_id in each for each in (self._children, self._owners, self._others)):
+            self.hint(run_id)  # what was read has not settled it
 
     def _hint_all(self) -> None:
         others = {*self._owners, *self._others}
@@ -286,6 +293,7 @@ class Watcher:
         is_asked = event.state_type == StateType.CANCELLING and (is_owner or is_local)
         if event.state_type in _TERMINAL or is_asked:
             self.hint(event.run_id)
+            asyncio.get_running_loop().call_later(_COMMIT_SECONDS, self._hint_again, event.run_id)
         elif child is not None:
             occurred = event.occurred or _clock.utc_now()
             child.observe(State(type=event.state_type, name=event.state_name, timestamp=occurred))

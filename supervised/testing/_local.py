@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ __all__ = ["LocalServer", "local_server", "running"]
 _START_SECONDS = 120.0
 _STOP_SECONDS = 15.0
 _DRAIN_SECONDS = 10
+_PORTS = range(20_000, 32_000)  # below those that Linux gives to whoever asks for any
 
 
 @attrs.frozen
@@ -78,7 +80,7 @@ def local_server(
         if home is None:
             folder = tempfile.TemporaryDirectory(prefix="supervised-", ignore_cleanup_errors=True)
             home = Path(stack.enter_context(folder))
-        port = port or _free_port()
+        port = port or free_port()
         url = f"http://127.0.0.1:{port}/api"
         # Prefect's runners keep flows in a folder of a fixed name below the temporary one, which
         # on a shared machine belongs to whoever was there first.
@@ -162,8 +164,10 @@ def _wait_until_healthy(
     raise RuntimeError(f"The Prefect server at {url} did not start:\n{tail}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Return a port that nobody is given by chance before it is bound, which may take seconds."""
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"No port from {_PORTS.start} to {_PORTS.stop} is free")

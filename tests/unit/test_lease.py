@@ -3,13 +3,16 @@
 import asyncio
 from uuid import uuid4
 
+import anyio
+import pytest
 from prefect.client.schemas.objects import FlowRun
 
-from supervised import _identity, supervised_flow, supervisor
+from supervised import _clock, _identity, supervised_flow, supervisor
 from supervised._budget import RequestBudget
 from supervised._lease import LeaseHolder
 from supervised.testing import FakePrefect
 from supervised.testing._client import FakeOrchestrator
+from supervised.testing._virtual import VirtualLoop
 
 
 class Unanswering:
@@ -35,6 +38,29 @@ def test_a_renewal_that_nobody_answers_does_not_hold_up_the_end():
         await asyncio.wait_for(holding, 60)
 
     asyncio.run(story())
+
+
+def test_renewals_that_nobody_answers_in_time_do_not_put_off_the_next():
+    begun = []
+
+    class Late(Unanswering):
+        async def label(self, *_):
+            begun.append(asyncio.get_running_loop().time())
+            await asyncio.sleep(3600)
+
+    async def story():
+        holder = LeaseHolder(Late(), FlowRun(id=uuid4(), flow_id=uuid4()), 10)
+        with anyio.move_on_after(11):
+            await holder.hold()
+
+    loop = VirtualLoop()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_clock, "monotonic", loop.time)
+            loop.run_until_complete(story())
+    finally:
+        loop.close()
+    assert begun == pytest.approx([2.5, 5, 7.5, 10])
 
 
 def test_a_scope_that_ends_while_it_asks_for_its_lease_gives_no_sign_of_life_afterwards(

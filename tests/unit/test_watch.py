@@ -7,7 +7,8 @@ from uuid import uuid4
 import anyio
 import attrs
 import pytest
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Completed, Running
 
 from supervised import _clock
 from supervised._api import RunEvent
@@ -171,5 +172,38 @@ def test_the_end_of_what_runs_here_is_not_read_for_the_sake_of_its_parent(
         watcher._on_event(RunEvent(child.flow_run_id, StateType.COMPLETED))
         watcher._children.clear()  # the server knows none of them
 
-    play(api, 1, begin)  # before the first poll
+    play(api, 0.4, begin)  # before the first poll
     assert len(api.reads) == reads
+
+
+class Committing(Api):
+    """Tells of an end before a read shows it."""
+
+    def __init__(self, run_id, *, after):
+        super().__init__(0.01, hears=True)
+        self.ended = Completed()
+        self.runs = [
+            FlowRun(id=run_id, flow_id=uuid4(), state=state) for state in (Running(), self.ended)
+        ]
+        self.after = after
+
+    async def read_runs(self, run_ids):
+        await super().read_runs(run_ids)
+        return [self.runs[_clock.monotonic() > self.after]]
+
+
+def test_an_end_that_the_server_told_of_before_it_had_committed_it_is_read_once_more():
+    run_id, ended = uuid4(), []
+    api = Committing(run_id, after=0.3)
+
+    def heard(run_id, run):
+        if run.state.is_final() and not ended:
+            ended.append(_clock.monotonic())
+
+    def begin(watcher):
+        watcher.watch_other(run_id, heard, every=HOUR)
+        watcher._on_event(RunEvent(run_id, StateType.COMPLETED))
+
+    play(api, 5, begin)
+    assert ended[0] < 0.6
+    assert len(api.reads) <= 4
