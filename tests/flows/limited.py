@@ -23,8 +23,8 @@ def waits_for_the_server(folder, first, second):
     late.cancel()
 
 
-@supervised_flow(deadline_seconds=6)
-def has_six_seconds(folder):
+@supervised_flow(deadline_seconds=15)
+def has_fifteen_seconds(folder):
     supervisor.spawn("root/test", {"folder": folder, "children": []})
     mark(folder)
     time.sleep(60)
@@ -32,6 +32,6 @@ def has_six_seconds(folder):
 
 if __name__ == "__main__":
     scenario, *arguments = sys.argv[1:]
-    {flow.fn.__name__: flow for flow in (waits_for_the_server, has_six_seconds)}[scenario](
+    {flow.fn.__name__: flow for flow in (waits_for_the_server, has_fifteen_seconds)}[scenario](
         *arguments
     )

@@ -99,7 +99,7 @@ async def endless(folder: str) -> None:
     await asyncio.sleep(300)
 
 
-@flow(timeout_seconds=0.5)
+@flow(timeout_seconds=2.5)
 async def limited(folder: str) -> None:
     await asyncio.sleep(300)
 
@@ -113,9 +113,10 @@ async def bad(folder: str) -> None:
 
 
 @supervised_flow
-async def mid(folder: str) -> str:
+async def mid(folder: str, until_told: str = "") -> str:
     with tracer.start_as_current_span("mid work"):
         pass
+    await until(lambda: not until_told or asked(folder, until_told))
     return await supervisor.spawn(extract, {"folder": folder}, name="step")
 
 
@@ -159,8 +160,10 @@ async def day(folder: str) -> None:
     begin(folder)
     children = [spawn(extract, "extract"), spawn(crunch, "crunch")]
     spawn("leaf/traced", "audit", on_parent="detach")
-    children.append(spawn("mid/traced", "load"))
-    for child in children:
+    load = spawn("mid/traced", "load", parameters={"until_told": "seen"})
+    await until(lambda: load.state.is_running() or load.is_over)  # as seen from here
+    tell(folder, "seen")
+    for child in [*children, load]:
         await child
 
 

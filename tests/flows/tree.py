@@ -179,12 +179,12 @@ async def top(folder: str) -> None:
 
 
 # Functions of their own: a runner loads a flow by its function, without `with_options`.
-@supervised_flow(timeout_seconds=25)
+@supervised_flow(timeout_seconds=45)
 async def root_timeout(folder: str, children: list[str]) -> None:
     await _body(folder, children)
 
 
-@supervised_flow(timeout_seconds=25)
+@supervised_flow(timeout_seconds=45)
 def root_sync_timeout(folder: str, children: list[str]) -> None:
     root_sync.unsupervised_fn(folder, children)
 

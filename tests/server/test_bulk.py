@@ -59,6 +59,13 @@ def deployment(world):
     return "bulk-child/bulk"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A busy server records late, and SQLite throws out: what comes of that is told elsewhere."""
+    monkeypatch.setattr("supervised._bulk._RECORDED_SECONDS", 60.0)
+    monkeypatch.setattr("supervised._bulk._PAUSES", (0.0, *[0.3] * 20))
+
+
 @pytest.fixture
 def requested(monkeypatch):
     """Counts requests by their last part."""
@@ -66,8 +73,11 @@ def requested(monkeypatch):
     send = httpx.AsyncClient.send
 
     async def counted(self, request, *args, **options):
-        counts[f"{request.method} {request.url.path.rsplit('/', 1)[-1]}"] += 1
-        return await send(self, request, *args, **options)
+        response = await send(self, request, *args, **options)
+        # What SQLite has refused for another writer's sake is asked again.
+        if response.status_code != 503 and "database is locked" not in response.text:
+            counts[f"{request.method} {request.url.path.rsplit('/', 1)[-1]}"] += 1
+        return response
 
     monkeypatch.setattr(httpx.AsyncClient, "send", counted)
     return counts
@@ -114,7 +124,8 @@ def test_many_children_take_few_requests(world, deployment, requested):
     assert {run.id for run in runs} == set(children_of(world, parent))
     assert [run.parameters["part"] for run in runs] == list(range(MANY))
     assert requested["POST bulk"] <= 2
-    assert requested.total() < MANY
+    assert requested["POST create_flow_run"] == 0
+    assert requested.total() - requested["POST count"] < MANY, requested  # looks take their time
 
 
 def test_a_tracking_task_run_in_bulk_is_like_one_that_is_made_alone(world, deployment):

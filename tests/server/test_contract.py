@@ -117,8 +117,8 @@ def test_losers_are_cancelled_remotely(deployed: World):
 
     answer, loser = asyncio.run(parent())
     assert answer == 4
-    run = read(loser)
-    assert run.state.is_cancelled()
+    assert read(loser).state.is_final()
+    eventually(lambda: read(loser).state.is_cancelled(), seconds=SOON, what="it is Cancelled")
     eventually(lambda: not deployed.alive(), seconds=SOON, what="its process is gone")
 
 
@@ -162,8 +162,11 @@ def test_every_way_to_join_works_in_sync_and_in_async_bodies(server):
     async def parent():
         slow = supervisor.spawn(forever)
         fast = await supervisor.first_completed(slow, supervisor.spawn(double, {"x": 4}))
+        late = supervisor.spawn(forever)
+        while late.flow_run_id is None:  # one that was not requested is over at once
+            await asyncio.sleep(0.01)
         with pytest.raises(TimeoutError, match="still going on: forever"):
-            await supervisor.first_success(late := supervisor.spawn(forever), timeout=0.5)
+            await supervisor.first_success(late, timeout=0.5)
         with pytest.raises(ChildCancelled, match="was not decided within"):
             await late
         return fast, slow.cancel_reason.source
@@ -214,7 +217,7 @@ def test_a_child_whose_process_dies_is_a_new_run_under_its_old_handle(deployed: 
     @supervised_flow
     async def parent():
         child = supervisor.spawn("leaf/test", leaf(deployed), restart=Restart(max=1))
-        while not deployed.started(1):
+        while child.flow_run_id is None or not deployed.started(1):
             await asyncio.sleep(0.05)
         first = child.flow_run_id
         os.kill(deployed.pids()[str(first)], signal.SIGKILL)
@@ -336,8 +339,12 @@ def test_a_retry_reuses_what_has_completed_if_it_is_told_to(server):
     assert runs == [1, 2, 3, 3]
 
 
-def test_a_key_that_stands_for_other_work_after_a_retry_gives_no_wrong_result(deployed: World):
+def test_a_key_that_stands_for_other_work_after_a_retry_gives_no_wrong_result(
+    deployed: World, monkeypatch
+):
     """The first attempt's child was let go, and stays so: nobody touches it any more."""
+    for module in ("_scope", "_control"):  # until that is written
+        monkeypatch.setattr(f"supervised.{module}._CLOSE_SECONDS", 60)
     found = []
     later = datetime.now(timezone.utc) + timedelta(hours=1)
 
@@ -377,10 +384,9 @@ def test_an_attempt_that_was_replaced_launches_and_cancels_nothing(deployed: Wor
             await asyncio.sleep(0.05)
         await asyncio.to_thread(begin_again, supervisor.flow_run_id)
         await asyncio.sleep(1.5)
-        late = supervisor.spawn("leaf/test", leaf(deployed, 1))
         kept.cancel()
-        try:
-            await late
+        try:  # `spawn` itself refuses if the run was read meanwhile
+            await supervisor.spawn("leaf/test", leaf(deployed, 1))
         except Exception as exc:
             refused.append(str(exc))
         kept_runs.append(kept.flow_run_id)
@@ -417,7 +423,8 @@ def test_a_plain_run_is_adopted_and_ends_with_its_new_parent(deployed: World, as
 
     with pytest.raises(ValueError, match="the body failed"):
         asyncio.run(parent())
-    assert read(run.id).state.is_cancelled()
+    assert read(run.id).state.is_final()
+    eventually(lambda: read(run.id).state.is_cancelled(), seconds=SOON, what="it is Cancelled")
     eventually(lambda: not deployed.alive(), seconds=SOON, what="its process is gone")
 
 
@@ -553,11 +560,16 @@ def test_a_scope_whose_time_is_over_times_out_with_all_below(deployed: World):
     assert run.state_name == "TimedOut"
     below = deployed.tree(ids[0])[1:]
     assert below
-    assert all(child.state.is_cancelled() for child in below), deployed.states(ids[0])
+    assert all(child.state.is_final() for child in below), deployed.states(ids[0])
+    eventually(
+        lambda: all(run.state.is_cancelled() for run in deployed.tree(ids[0])[1:]),
+        seconds=SOON,
+        what="all are Cancelled",
+    )
 
 
 def test_a_supervised_child_elsewhere_inherits_what_is_left(deployed: World):
-    @supervised_flow(deadline_seconds=100)
+    @supervised_flow(deadline_seconds=1000)
     async def parent():
         child = supervisor.spawn("root/test", {"folder": str(deployed.folder), "children": []})
         while child.flow_run_id is None:
@@ -565,7 +577,7 @@ def test_a_supervised_child_elsewhere_inherits_what_is_left(deployed: World):
         child.cancel()
         return read(child.flow_run_id).labels["supervised.deadline_seconds"]
 
-    assert 90 < asyncio.run(parent()) <= 100
+    assert 900 < asyncio.run(parent()) <= 1000
 
 
 def test_a_child_that_takes_too_long_has_timed_out(server):

@@ -92,7 +92,11 @@ def test_the_tutorial_ends_with_the_report_that_it_shows(world: World) -> None:
         )
         world.client.set_flow_run_state(root.id, Cancelling())
         eventually(lambda: world.is_over(root.id), seconds=60, what="all runs are over")
-        assert {run.state_name for run in world.tree(root.id)} == {"Cancelled"}
+        eventually(
+            lambda: {run.state_name for run in world.tree(root.id)} == {"Cancelled"},
+            seconds=60,
+            what="all are Cancelled, also what its runner came late for",
+        )
         said = eventually(
             lambda: [log.message for log in logs(world, root.id) if "Teardown" in log.message],
             seconds=30,

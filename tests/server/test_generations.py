@@ -46,8 +46,8 @@ from test_policies import Runner
 from supervised import Child, ChildFailed, supervised_flow, supervisor
 from supervised.testing import running
 
-BEGINS = 60  # seconds in which a process has begun, on a busy machine
-SOON = 30
+BEGINS = 120  # seconds in which a process has begun, on a busy machine
+SOON = 60
 STREAMS = 2  # seconds until a copy hears events: it reads its own run whenever it connects
 BEGUN = ["Pending", "Running"]
 NAMES = ["ada", "bea", "cleo", "dora", "edda", "fay", "gina", "hedy"]
@@ -327,7 +327,8 @@ def test_a_live_run_of_other_work_is_ended_first(world: World, queue: str):
     parent.declare_dead()
     with parent.begin() as process:
         eventually(lambda: is_ending(world, parent.id), seconds=BEGINS, what="it is in the way")
-        assert world.run(old).state.is_cancelling()
+        # It tells before it asks, and the log may be there first.
+        eventually(lambda: world.run(old).state.is_cancelling(), seconds=SOON, what="it is asked")
         assert [run.id for run in generations(world, queue)["one"]] == [old]
         set_state(world, old, Cancelled())
         (new,) = parent.children(2)
@@ -341,12 +342,15 @@ def test_a_live_run_of_other_work_is_ended_first(world: World, queue: str):
     assert run.parameters["x"] == 2
 
 
-def test_a_run_that_is_still_being_cancelled_is_ended_first(world: World, queue: str):
+def test_a_run_that_is_still_being_cancelled_is_ended_first(world: World, queue: str, caplog):
     """Though it is of the same work: it gives no result any more."""
     began = []
 
-    def end(parent_id, run_id):
-        eventually(lambda: is_ending(world, parent_id), seconds=SOON, what="it is in the way")
+    def end(run_id):
+        # Heard here: the server has the log seconds later, and the grace is short.
+        eventually(
+            lambda: "of an earlier attempt" in caplog.text, seconds=SOON, what="it is in the way"
+        )
         assert world.run(run_id).state.is_cancelling()
         assert len(generations(world, queue)["one"]) == 1
         set_state(world, run_id, Cancelled())
@@ -355,10 +359,10 @@ def test_a_run_that_is_still_being_cancelled_is_ended_first(world: World, queue:
     async def parent():
         child = supervisor.spawn(queue, {"x": 1}, key="one")
         if began:
-            await asyncio.to_thread(end, *began[0])
+            await asyncio.to_thread(end, began[0])
         while child.flow_run_id is None:
             await asyncio.sleep(0.02)
-        began.append((supervisor.flow_run_id, child.flow_run_id))
+        began.append(child.flow_run_id)
         await asyncio.to_thread(set_state, world, child.flow_run_id, Running())
         if len(began) == 1:
             raise RuntimeError("once more")
@@ -367,7 +371,7 @@ def test_a_run_that_is_still_being_cancelled_is_ended_first(world: World, queue:
 
     assert asyncio.run(parent()) == 7
     was, run = generations(world, queue)["one"]
-    assert [was.id, run.id] == [run_id for _, run_id in began]
+    assert [was.id, run.id] == began
     assert was.state.timestamp < run.created
 
 

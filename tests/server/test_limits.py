@@ -43,7 +43,7 @@ from supervised.testing import running
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
-SOON = 20.0
+SOON = 60.0
 
 
 @flow
@@ -110,7 +110,7 @@ def run_alone(world, scenario, *arguments, **env):
             stdout=log,
             stderr=log,
             check=True,
-            timeout=60,
+            timeout=120,
         )
 
 
@@ -222,7 +222,11 @@ BURST_SECONDS = 10  # what was not used in so many seconds may be used at once
 
 def test_a_budget_of_requests_is_kept_and_a_cancellation_heard_while_launches_wait(world, asked):
     deployments = [deploy(world) for _ in range(20)]
-    seen = []
+    told, heard_at = [], []
+
+    def cancel(run_id):
+        end(world, run_id, Cancelling())
+        told.append(time.monotonic())  # the database may have been locked before
 
     @supervised_flow(requests_per_minute=120, grace_seconds=5)
     async def parent():
@@ -230,16 +234,15 @@ def test_a_budget_of_requests_is_kept_and_a_cancellation_heard_while_launches_wa
             supervisor.spawn(deployment)
         while len(asked) < 24:
             await asyncio.sleep(0.01)
-        seen.append(time.monotonic())
-        await asyncio.to_thread(end, world, supervisor.flow_run_id, Cancelling())
         try:
+            await asyncio.to_thread(cancel, supervisor.flow_run_id)
             await asyncio.sleep(60)
         finally:
-            seen.append(time.monotonic())
+            heard_at.append(time.monotonic())
 
     assert asyncio.run(parent(return_state=True)).is_cancelled()
-    told, heard = seen
-    assert heard - told < 3
+    (heard,) = heard_at
+    assert heard - told[0] < 3
     times = [at for at, *_ in asked if at <= heard]
     for first, last in itertools.combinations(range(len(times)), 2):
         assert last - first <= 2 * (BURST_SECONDS + times[last] - times[first]), asked
@@ -269,7 +272,9 @@ def test_launches_that_wait_for_the_budget_are_given_up_without_another_request(
     # Prefect's client repeats what a database that is locked has refused.
     requests = {id(request): what for at, what, request in asked if at > failed}
     later = [what for what in requests.values() if of_launches.match(what)]
-    assert len(later) <= 2, "no more than one child was under way"
+    lookups = [what for what in later if what.startswith("GET")]
+    assert len(lookups) <= 1, "no more than one deployment was being looked up"
+    assert len(later) - len(lookups) <= 2, "no more than one child was under way"
     assert scope.report.ok, scope.report
 
 
@@ -289,8 +294,9 @@ class Busy(socketserver.BaseRequestHandler):
                 if line.endswith(" HTTP/1.1"):
                     self.server.made.append((time.monotonic(), line))
                 if self.server.refused in line and not self.server.is_refused():
-                    self.server.refuse()
+                    self.server.refused_at = time.monotonic()
                     self.request.sendall(self.ANSWER)
+                    self.server.tell()  # not before: what comes next must not overtake it
                 else:
                     upstream.sendall(data)
 
@@ -319,8 +325,7 @@ class Proxy(socketserver.ThreadingTCPServer):
     def is_refused(self):
         return self.refused_at is not None
 
-    def refuse(self):
-        self.refused_at = time.monotonic()
+    def tell(self):
         self._world.tell("refused")
 
     def __enter__(self):
@@ -336,7 +341,7 @@ def test_when_the_server_asks_for_time_nothing_is_asked_of_it_meanwhile(world):
     first, second = deploy(world), deploy(world)
     with Proxy(world, refused=f"/deployments/name/{second} ") as proxy:
         run_alone(world, "waits_for_the_server", first, second, PREFECT_API_URL=proxy.url)
-        of_logs = re.compile("/logs/|/csrf-token")
+        of_logs = re.compile("/logs/|/csrf-token|/events/in |GET /api/flows/")
         made = [
             (at - proxy.refused_at, line) for at, line in proxy.made if not of_logs.search(line)
         ]
@@ -380,15 +385,15 @@ def test_what_comes_after_a_child_that_did_not_complete_is_never_launched(
 
 
 def test_a_child_elsewhere_times_out_by_itself_when_its_parents_time_is_over(deployed):
-    command = alone("has_six_seconds", deployed.folder)
+    command = alone("has_fifteen_seconds", deployed.folder)
     log = deployed.folder / "alone.log"
     with running(command, env=deployed.server.env, log=log, cwd=FLOWS) as parent:
-        root = UUID(next(iter(eventually(deployed.pids, seconds=30, what="the parent runs"))))
-        child = eventually(lambda: deployed.tree(root)[1:], seconds=10, what="it has a child")[0]
+        root = UUID(next(iter(eventually(deployed.pids, seconds=SOON, what="the parent runs"))))
+        child = eventually(lambda: deployed.tree(root)[1:], seconds=14, what="it has a child")[0]
         parent.send_signal(signal.SIGSTOP)  # so that nobody else can end the child
         state = eventually(
             lambda: (state := deployed.run(child.id).state).is_final() and state,
-            seconds=30,
+            seconds=SOON,
             what="the child is over",
         )
         assert not deployed.run(root).state.is_final()
@@ -413,9 +418,16 @@ def test_a_run_says_once_which_limit_keeps_its_child_waiting(world, monkeypatch,
 
     @supervised_flow(on_child_failure="ignore")
     def parent():
-        child = supervisor.spawn(deployment, timeout_seconds=3)
+        child = supervisor.spawn(deployment)
         run_of(child)
         assert not world.client.get_scheduled_flow_runs_for_work_pool(pool)
+        eventually(
+            lambda: any("waits for a slot" in line for line in logs_of(world, run.id)),
+            seconds=SOON,
+            what="it says so",
+        )
+        time.sleep(2)  # in which it would say so again
+        child.cancel()
         child.wait()
 
     run = world.client.create_flow_run_from_deployment(
@@ -423,7 +435,7 @@ def test_a_run_says_once_which_limit_keeps_its_child_waiting(world, monkeypatch,
     )
     run_flow(parent, flow_run=run)
     said = eventually(
-        lambda: (lines := logs_of(world, run.id))[-1].startswith("Finished") and lines,
+        lambda: (lines := logs_of(world, run.id)) and lines[-1].startswith("Finished") and lines,
         seconds=SOON,
         what="its log has arrived",
     )
@@ -481,7 +493,7 @@ def test_a_finalizer_that_takes_too_long_holds_up_a_cancelled_run_for_its_grace(
 
     began = time.monotonic()
     state = asyncio.run(parent(return_state=True))
-    assert 1 <= time.monotonic() - began < 10
+    assert 1 <= time.monotonic() - began < 40  # the finalizer itself takes 60
     released.set()
     assert state.is_cancelled()
     assert not called
@@ -535,6 +547,7 @@ def test_an_adopted_run_that_was_detached_is_nobodys_any_more(world, queue):
         assert child.kind == "adopted"
         child.detach()
         assert child.is_over
+        eventually(lambda: world.run(run.id).labels[DETACHED] is True, seconds=SOON, what="known")
         raise ValueError("the body failed")
 
     with pytest.raises(ValueError, match="the body failed"):
@@ -575,7 +588,7 @@ def test_what_a_worker_runs_is_adopted_while_it_runs_and_ends_with_its_new_paren
         async with ProcessWorker(work_pool_name=bound.work_pool) as worker:
             future = await worker.submit(bound, {"folder": str(world.folder)})
 
-            @supervised_flow(grace_seconds=8)
+            @supervised_flow(grace_seconds=30)
             async def parent():
                 supervisor.adopt(future)
                 while not world.started(1):

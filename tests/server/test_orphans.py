@@ -19,6 +19,7 @@ from test_teardown import LEAVES, SOON, assert_all_gone, assert_cancelled_below
 
 from supervised import cli
 from supervised.testing import running
+from supervised.testing._local import free_port
 
 LEASE = 10  # seconds; of tests/flows/tree.py, root_brief
 
@@ -34,7 +35,9 @@ def second_runner(deployed: World) -> Iterator[psutil.Process]:
     log = deployed.folder / "second.log"
     with running([sys.executable, "serve.py", "second"], env=env, log=log, cwd=FLOWS) as process:
         eventually(
-            lambda: "root-brief/second" in names_of_deployments(deployed), seconds=60, what="served"
+            lambda: "root-brief/second" in names_of_deployments(deployed),
+            seconds=120,
+            what="served",
         )
         yield psutil.Process(process.pid)
 
@@ -107,9 +110,7 @@ def test_the_guard_ends_plain_children_of_a_lost_parent(
     copy = copied(deployed, deployed.tree(root.id)[1].id)
     second_runner.kill()
     kill(deployed, root.id)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "supervised.cli", "guard", "--interval", "1"]
     command += ["--health-port", str(port)]
     log = deployed.folder / "guard.log"
@@ -155,7 +156,7 @@ def test_a_tree_can_be_shown_and_cancelled_by_hand(deployed: World, capsys) -> N
     code, listed = supervised(capsys, "cancel", str(root.id), "--dry-run")
     assert (code, len(listed)) == (0, 3)
     assert len(deployed.alive()) == 3
-    code, receipts = supervised(capsys, "cancel", str(root.id))
+    code, receipts = supervised(capsys, "cancel", str(root.id), "--grace-seconds", str(SOON))
     assert (code, {receipt["status"] for receipt in receipts}) == (0, {"cancelled"})
     assert_all_gone(deployed, root.id)
 
@@ -165,7 +166,9 @@ def test_what_a_terminal_root_has_left_can_be_cancelled(deployed: World, capsys)
     deployed.wait_for_start(3)
     kill(deployed, root.id)
     eventually(lambda: deployed.run(root.id).end_time, seconds=SOON, what="it is over")
-    code, receipts = supervised(capsys, "cancel", str(root.id), "--subtree")
+    code, receipts = supervised(
+        capsys, "cancel", str(root.id), "--subtree", "--grace-seconds", str(SOON)
+    )
     assert (code, len(receipts)) == (0, 2)
     assert_all_gone(deployed, root.id)
 

@@ -26,9 +26,9 @@ from supervised import (
     supervisor,
 )
 
-SOON = 15
+SOON = 60
 BACKOFF = 1.0
-TIMEOUT = 4.0
+TIMEOUT = 10.0
 LABEL = "__OTEL_TRACEPARENT"
 
 
@@ -173,6 +173,7 @@ def test_a_failure_within_the_limits_concerns_nobody_else(world, queue):
     @supervised_flow(on_parent="cancel")
     async def parent():
         sibling = supervisor.spawn(queue, key="sibling")
+        await asyncio.to_thread(attempt, sibling)
         await supervisor.spawn(succeeds_at(2), key="unreliable", restart=Restart(max=1))
         assert not sibling.is_over
         return supervisor.flow_run_id
@@ -301,11 +302,11 @@ def test_the_last_attempt_has_no_more_time_than_the_first(world):
     @supervised_flow(on_child_failure="ignore")
     async def parent():
         ids.append(supervisor.flow_run_id)
-        child = supervisor.spawn(hangs_later, key="k", restart=Restart(), timeout_seconds=2)
-        with pytest.raises(ChildTimedOut, match="deadline of 2 s"):
+        child = supervisor.spawn(hangs_later, key="k", restart=Restart(), timeout_seconds=6)
+        with pytest.raises(ChildTimedOut, match="deadline of 6 s"):
             await child
 
     asyncio.run(parent())
     first, second = attempts(world, ids[0])["k"]
     assert states([first, second]) == ["Failed", "Cancelled"]
-    assert (second.end_time - second.created).total_seconds() >= 1.9  # two clocks
+    assert (second.end_time - second.created).total_seconds() >= 5.9  # two clocks

@@ -91,13 +91,16 @@ def test_cancelling_under_flow_serve_takes_the_tree_along(deployed: World) -> No
         deployed.wait_for_start(6)
         deployed.cancel(root.id)
         assert_all_gone(deployed, root.id)
-        assert deployed.run(root.id).state_name == "Cancelled"
+        eventually(
+            lambda: deployed.run(root.id).state_name == "Cancelled", seconds=SOON, what="Cancelled"
+        )
         assert_cancelled_below(deployed, root.id)
 
 
 def names_of_deployments(world: World) -> set[str]:
+    deployments = world.client.read_deployments()  # first: each has its flow by then
     flows = {flow.id: flow.name for flow in world.client.read_flows()}
-    return {f"{flows[each.flow_id]}/{each.name}" for each in world.client.read_deployments()}
+    return {f"{flows[each.flow_id]}/{each.name}" for each in deployments}
 
 
 def test_a_body_that_is_cancelled_may_clean_up_for_longer_than_its_children(
@@ -132,5 +135,7 @@ def test_cancelling_under_a_process_worker_takes_the_tree_along(deployed: World)
         deployed.cancel(root.id)
         eventually(lambda: not deployed.alive(), seconds=SOON, what="all processes are gone")
         assert_all_gone(deployed, root.id)
-        assert deployed.run(root.id).state_name == "Cancelled"
+        eventually(
+            lambda: deployed.run(root.id).state_name == "Cancelled", seconds=SOON, what="Cancelled"
+        )
         assert_cancelled_below(deployed, root.id)

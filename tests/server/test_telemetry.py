@@ -8,6 +8,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from support.otlp import receiving
 from support.stage import Played, Stage
+from support.world import eventually
 
 from supervised import __version__
 
@@ -246,12 +247,20 @@ def test_a_failed_child_carries_its_exception_and_its_scope_does_not(night: Play
 
 
 @pytest.mark.parametrize("name", ["near", "far"])
-def test_a_cancelled_sibling_is_no_error_and_says_who_asked(night: Played, name: str) -> None:
+def test_a_cancelled_sibling_is_no_error_and_says_who_asked(
+    night: Played, client: SyncPrefectClient, name: str
+) -> None:
     span = night.span(f"child {name}")
     assert (span.status, span.outcome) == ("UNSET", "cancelled")
     assert "error.type" not in span.attributes
     assert span.attributes["supervised.cancel.source"] == "sibling_failed"
-    assert span.attributes["prefect.state.name"] == "Cancelled"
+    # A process that takes its notice late says `Crashed` before its runner has the last word.
+    assert span.attributes["prefect.state.name"] in {"Cancelled", *["Crashed"] * (name == "far")}
+    eventually(
+        lambda: client.read_flow_run(night.child(name)["run"]).state_name == "Cancelled",
+        seconds=30,
+        what="it is Cancelled",
+    )
     (request,) = [event for event in span.events if event.name == "supervised.cancel.requested"]
     assert request.attributes["source"] == "sibling_failed"
     assert request.attributes["reason"] == "sibling 'bad' failed: ValueError: part 0 is bad"
@@ -324,7 +333,7 @@ def test_a_child_that_exceeds_its_deadline_is_an_error_of_that_type(
     assert span.attributes.get("supervised.cancel.source") == source
 
 
-@pytest.mark.parametrize(("name", "limit"), [("near", "1"), ("far", "1"), ("limited", "0.5")])
+@pytest.mark.parametrize(("name", "limit"), [("near", "1"), ("far", "1"), ("limited", "2.5")])
 def test_the_status_of_an_exceeded_deadline_says_which_it_was(
     evening: Played, name: str, limit: str
 ) -> None:

@@ -7,12 +7,13 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from supervised.testing._local import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +45,7 @@ def local_postgres(binaries: Path) -> Iterator[str]:
     if who:
         shutil.chown(folder, who["user"], who["group"])
     try:
-        data, port = folder / "data", _free_port()
+        data, port = folder / "data", free_port()
         create = ["initdb", "-D", data, "-U", "prefect", "-A", "trust", "--no-sync", "-E", "UTF8"]
         _run(binaries, create, cwd=folder, **who)
         options = [
@@ -91,9 +92,3 @@ def _wait_until_ready(binaries: Path, port: int) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError("PostgreSQL did not start")
         time.sleep(0.1)  # it tells nobody when it is ready
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
