@@ -79,6 +79,7 @@ class Watcher:
         self._followers: dict[UUID, list[Follower]] = {}
         self._resources: Counter[str] = Counter()
         self._hinted: set[UUID] = set()
+        self._told: dict[UUID, StateType] = {}  # by the stream, and not yet seen in a read
         self._wake_reader = anyio.Event()
         self._resubscribe = anyio.Event()
         self._connected = False
@@ -163,8 +164,8 @@ class Watcher:
         self._wake_reader.set()
 
     def _hint_again(self, run_id: UUID) -> None:
-        if any(run_id in each for each in (self._children, self._owners, self._others)):
-            self.hint(run_id)  # what was read has not settled it
+        if self._told.pop(run_id, None) is not None:
+            self.hint(run_id)
 
     def _hint_all(self) -> None:
         others = {*self._owners, *self._others}
@@ -179,6 +180,8 @@ class Watcher:
             run: The run, as just read.
             at_once: Whether a crash counts though somebody may yet reschedule the run.
         """
+        if run.state is not None and run.state.type == self._told.get(run.id):
+            del self._told[run.id]
         followers = list(self._followers.get(run.id, ()))
         if (on_change := self._owners.get(run.id)) is not None:
             on_change(run)
@@ -292,6 +295,7 @@ class Watcher:
         # Of who runs elsewhere, a runner hears that.
         is_asked = event.state_type == StateType.CANCELLING and (is_owner or is_local)
         if event.state_type in _TERMINAL or is_asked:
+            self._told[event.run_id] = event.state_type
             self.hint(event.run_id)
             asyncio.get_running_loop().call_later(_COMMIT_SECONDS, self._hint_again, event.run_id)
         elif child is not None:
@@ -389,6 +393,7 @@ class Watcher:
 
     def _lost(self, run_id: UUID) -> None:
         """Tell of a run that somebody deleted; a child of ours is over with it."""
+        self._told.pop(run_id, None)
         for follower in list(self._followers.get(run_id, ())):
             follower.miss(run_id)
         for listen in list(self._others.get(run_id, ())):

@@ -172,7 +172,7 @@ def test_the_end_of_what_runs_here_is_not_read_for_the_sake_of_its_parent(
         watcher._on_event(RunEvent(child.flow_run_id, StateType.COMPLETED))
         watcher._children.clear()  # the server knows none of them
 
-    play(api, 0.4, begin)  # before the first poll
+    play(api, 1, begin)  # before the first poll
     assert len(api.reads) == reads
 
 
@@ -207,3 +207,15 @@ def test_an_end_that_the_server_told_of_before_it_had_committed_it_is_read_once_
     play(api, 5, begin)
     assert ended[0] < 0.6
     assert len(api.reads) <= 4
+
+
+def test_an_end_that_the_read_has_shown_is_not_read_again():
+    run_id = uuid4()
+    api = Committing(run_id, after=0)
+
+    def begin(watcher):
+        watcher.watch_other(run_id, lambda run_id, run: None, every=HOUR)
+        watcher._on_event(RunEvent(run_id, StateType.COMPLETED))
+
+    play(api, 1, begin)
+    assert len(api.reads) == 1
