@@ -191,9 +191,9 @@ def restart_server(stage: Stage, world: World, root: UUID, runner: psutil.Proces
 
 
 def is_torn_down(run: FlowRun) -> bool:
-    """Whether the teardown has asked it to end; the tree itself names another reason."""
+    """Whether the teardown has asked it to end; the tree itself, and runners, say otherwise."""
     told = run.state.message if run.state is not None else None
-    return "was cancelled" in (told or "")
+    return (told or "").startswith("Cancelled because parent")
 
 
 def suspend_and_resume(stage: Stage, world: World, root: UUID, runner: psutil.Process) -> None:
