@@ -9,6 +9,7 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import anyio
@@ -46,6 +47,7 @@ class LeaseHolder:
         self._run = run
         self._seconds = seconds
         self._count = 0
+        self._began = -math.inf  # the last renewal
         self._dropped = anyio.Event()
 
     async def hold(self) -> None:
@@ -60,18 +62,17 @@ class LeaseHolder:
             tasks.cancel_scope.cancel()
 
     async def _renew_for_ever(self) -> None:
-        began = _clock.monotonic()
         while True:
             # Of a small budget no more than half, or nothing would ever be launched.
             spared = min(2 * self._api.budget.seconds_of_one, self._seconds / 2)
-            due = began + max(renewal_seconds(self._seconds), spared)
-            await anyio.sleep(max(0.0, due - _clock.monotonic()))  # one may have taken its time
-            began = _clock.monotonic()
+            due = self._began + max(renewal_seconds(self._seconds), spared)
+            await anyio.sleep(max(0.0, due - _clock.monotonic()))  # it may have taken its time
             await self.renew()
 
     async def renew(self) -> None:
         """Give a sign of life; one that is lost is made good by the next."""
         self._count += 1
+        self._began = _clock.monotonic()
         value = _identity.lease(self._run.run_count, self._count)
         try:
             with anyio.move_on_after(renewal_seconds(self._seconds)), priority(Priority.LIFE):

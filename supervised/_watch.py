@@ -22,7 +22,7 @@ from supervised._log import get_logger
 from supervised._policy import outcome_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from uuid import UUID
 
     from prefect.client.schemas.objects import FlowRun
@@ -45,7 +45,7 @@ _POLL_SHARE_WITHOUT_EVENTS = 0.25
 _COALESCE_SECONDS = 0.02
 # The server tells of a change before it has committed it (server/orchestration/
 # instrumentation_policies.py, `after_transition`): a read may come too early.
-_COMMIT_SECONDS = 0.5
+_COMMIT_SECONDS = (0.5, 1.0, 2.0)  # from one read to the next
 _MOST_REST_SECONDS = 1.0
 _REST = 5.0  # times what a read has taken, before the next: reads then take a sixth of the time
 _BURST = 10  # reads without a rest: what waits for the last of a few children waits for it alone
@@ -79,7 +79,7 @@ class Watcher:
         self._followers: dict[UUID, list[Follower]] = {}
         self._resources: Counter[str] = Counter()
         self._hinted: set[UUID] = set()
-        self._told: dict[UUID, StateType] = {}  # by the stream, and not yet seen in a read
+        self._expected: dict[UUID, tuple[StateType, asyncio.TimerHandle]] = {}
         self._wake_reader = anyio.Event()
         self._resubscribe = anyio.Event()
         self._connected = False
@@ -163,9 +163,23 @@ class Watcher:
         self._hinted.add(run_id)
         self._wake_reader.set()
 
-    def _hint_again(self, run_id: UUID) -> None:
-        if self._told.pop(run_id, None) is not None:
-            self.hint(run_id)
+    def _expect(
+        self, run_id: UUID, told: StateType, waits: Sequence[float] = _COMMIT_SECONDS
+    ) -> None:
+        """Have a run read soon, and again until a read shows what the stream has told of it."""
+        self._expect_no_more(run_id)
+        watched = self._children, self._owners, self._others, self._followers
+        if not any(run_id in each for each in watched):
+            return
+        self.hint(run_id)
+        if waits:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(waits[0], self._expect, run_id, told, waits[1:])
+            self._expected[run_id] = told, timer
+
+    def _expect_no_more(self, run_id: UUID) -> None:
+        if (expected := self._expected.pop(run_id, None)) is not None:
+            expected[1].cancel()
 
     def _hint_all(self) -> None:
         others = {*self._owners, *self._others}
@@ -180,8 +194,9 @@ class Watcher:
             run: The run, as just read.
             at_once: Whether a crash counts though somebody may yet reschedule the run.
         """
-        if run.state is not None and run.state.type == self._told.get(run.id):
-            del self._told[run.id]
+        told = self._expected.get(run.id)
+        if run.state is not None and told and (run.state.type == told[0] or run.state.is_final()):
+            self._expect_no_more(run.id)
         followers = list(self._followers.get(run.id, ()))
         if (on_change := self._owners.get(run.id)) is not None:
             on_change(run)
@@ -283,7 +298,7 @@ class Watcher:
             self._heard.add(event.run_id)
             self._unheard.discard(event.run_id)
             if event.run_id in self._followers:
-                self.hint(event.run_id)
+                self._expect(event.run_id, event.state_type)
         child = self._children.get(event.run_id)
         is_local = child is not None and child.is_local
         is_owner = event.run_id in self._owners
@@ -295,9 +310,7 @@ class Watcher:
         # Of who runs elsewhere, a runner hears that.
         is_asked = event.state_type == StateType.CANCELLING and (is_owner or is_local)
         if event.state_type in _TERMINAL or is_asked:
-            self._told[event.run_id] = event.state_type
-            self.hint(event.run_id)
-            asyncio.get_running_loop().call_later(_COMMIT_SECONDS, self._hint_again, event.run_id)
+            self._expect(event.run_id, event.state_type)
         elif child is not None:
             occurred = event.occurred or _clock.utc_now()
             child.observe(State(type=event.state_type, name=event.state_name, timestamp=occurred))
@@ -393,7 +406,7 @@ class Watcher:
 
     def _lost(self, run_id: UUID) -> None:
         """Tell of a run that somebody deleted; a child of ours is over with it."""
-        self._told.pop(run_id, None)
+        self._expect_no_more(run_id)
         for follower in list(self._followers.get(run_id, ())):
             follower.miss(run_id)
         for listen in list(self._others.get(run_id, ())):

@@ -192,20 +192,30 @@ class Committing(Api):
         return [self.runs[_clock.monotonic() > self.after]]
 
 
-def test_an_end_that_the_server_told_of_before_it_had_committed_it_is_read_once_more():
+@pytest.mark.parametrize(("after", "most"), [(0.3, 0.6), (0.8, 1.6), (2.0, 3.6)])
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_an_end_that_the_server_told_of_before_it_had_committed_it_is_read_until_it_shows(
+    after, most, is_followed
+):
     run_id, ended = uuid4(), []
-    api = Committing(run_id, after=0.3)
+    api = Committing(run_id, after=after)
 
-    def heard(run_id, run):
-        if run.state.is_final() and not ended:
-            ended.append(_clock.monotonic())
+    class AFollower:
+        def take(self, run):
+            if run.state.is_final():
+                ended.append(_clock.monotonic())
 
     def begin(watcher):
-        watcher.watch_other(run_id, heard, every=HOUR)
+        follower = AFollower()
+        if is_followed:
+            watcher.follow(run_id, follower)
+        else:
+            watcher.watch_other(run_id, lambda run_id, run: follower.take(run), every=HOUR)
+        watcher._connected = watcher._is_trusted = True
         watcher._on_event(RunEvent(run_id, StateType.COMPLETED))
 
     play(api, 5, begin)
-    assert ended[0] < 0.6
+    assert after < ended[0] < most
     assert len(api.reads) <= 4
 
 
@@ -218,4 +228,19 @@ def test_an_end_that_the_read_has_shown_is_not_read_again():
         watcher._on_event(RunEvent(run_id, StateType.COMPLETED))
 
     play(api, 1, begin)
+    assert len(api.reads) == 1
+
+
+def test_what_nobody_watches_any_more_is_not_read_again():
+    run_id = uuid4()
+    api = Committing(run_id, after=HOUR)
+
+    def begin(watcher):
+        def stop(run_id, run):
+            watcher.unwatch_other(run_id, stop)
+
+        watcher.watch_other(run_id, stop, every=HOUR)
+        watcher._on_event(RunEvent(run_id, StateType.COMPLETED))
+
+    play(api, 5, begin)
     assert len(api.reads) == 1
