@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "results.json"
 SIZES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 POLL_SECONDS = 10.0  # supervised/_watch.py, while events flow: at least
 POLL_SHARE = 0.05  # and so long that reading takes no more of a server's time
-LEASE_READS = 4  # a term, by every supervised child: supervised/_lease.py
+LEASE_TURNS = 4  # in a term, of who renews a lease and who reads it: supervised/_lease.py
 PAGE = 200
 CREATE = 100
 CANCEL = 50
@@ -196,8 +196,13 @@ def requests_to_cancel(size: int) -> int:
 def requests_to_wait(rates: Rates, size: int) -> int:
     """What all parents read of their children in a minute, and all children of what is above."""
     each = 60 / wait(rates, size).value * pages(min(size, rates.fan_out) + 1)
-    leases = watching(rates, size) * LEASE_READS * 60 / rates.lease_seconds
-    return round(parents(rates, size) * each + leases)
+    return round(parents(rates, size) * each + 60 * signs_of_life(rates, size))
+
+
+def signs_of_life(rates: Rates, size: int) -> float:
+    """Requests in a second: every parent renews its lease, every supervised child reads one."""
+    asking = parents(rates, size) + watching(rates, size)
+    return asking * LEASE_TURNS / rates.lease_seconds
 
 
 def longest(rates: Rates, requests: float, *others: Estimate) -> Estimate:
@@ -238,8 +243,8 @@ def wait(rates: Rates, size: int) -> Estimate:
 def share(rates: Rates, size: int) -> Estimate:
     """Per cent of the API servers' time that waiting takes."""
     reading = parents(rates, size) * min(size, rates.fan_out) * rates.read / wait(rates, size).value
-    leases = watching(rates, size) * LEASE_READS / rates.lease_seconds * rates.request
-    cause = "supervised children that look after their parents" if leases > reading else "reading"
+    leases = signs_of_life(rates, size) * rates.request
+    cause = "leases, which parents renew and children read" if leases > reading else "reading"
     return Estimate(100 * (reading + leases) / rates.servers, cause)
 
 
