@@ -78,3 +78,45 @@ def test_who_has_no_children_is_not_told_of_the_whole_tree(monkeypatch):
             root.cancel()
             prefect.until(lambda: not prefect.alive, within=120)
     assert told[40] <= 5 * told[10]
+
+
+@supervised_flow
+async def inner(children: int):
+    """Be a scope of its own in its parent's process."""
+    for part in range(children):
+        supervisor.spawn("score/plain", {"part": part})
+
+
+@supervised_flow
+async def of_scopes(scopes: int, children: int):
+    """Launch children by several scopes of one process."""
+    for _ in range(scopes):
+        supervisor.spawn(inner, {"children": children})
+    await asyncio.sleep(3600)
+
+
+def test_one_stream_serves_all_scopes_and_children_of_a_process(monkeypatch):
+    open_now, most = Counter(), Counter()
+    stream = FakeOrchestrator._stream
+
+    @contextlib.asynccontextmanager
+    async def counted(self, resources):
+        open_now[self] += 1
+        most[self] = max(most[self], open_now[self])
+        try:
+            async with stream(self, resources) as events:
+                yield events
+        finally:
+            open_now[self] -= 1
+
+    monkeypatch.setattr(FakeOrchestrator, "_stream", counted)
+
+    with FakePrefect() as prefect:
+        prefect.deploy("root/test", of_scopes, runner="root")
+        prefect.deploy("score/plain")
+        root = prefect.start("root/test", {"scopes": 4, "children": 50})
+        prefect.until(lambda: len(prefect.runs) == 1 + 4 + 200, within=120)
+        prefect.advance(60)
+        assert not root.state.is_final()
+        of_runners = 2  # which hear of everything
+        assert list(most.values()) == [1] * (of_runners + 1)
