@@ -1142,10 +1142,11 @@ def test_hooks_of_a_nested_run_that_is_cancelled_alone_run_under_a_runner_too(mo
 
 def test_interrupting_a_sync_body_once_leaves_the_teardown_alone():
     """The second Ctrl-C gives up; the first one, in whatever moment, does not."""
-    children = []
+    children, begun = [], threading.Event()
 
     @flow
     def reluctant():
+        begun.set()
         while not supervised.cancelled():
             time.sleep(0.02)
         time.sleep(0.5)  # by now the parent waits for the teardown
@@ -1155,8 +1156,7 @@ def test_interrupting_a_sync_body_once_leaves_the_teardown_alone():
     @supervised_flow
     def parent():
         children.append(supervisor.spawn(reluctant))
-        while not children[0].state.is_running():
-            time.sleep(0.01)
+        assert begun.wait(30)
         raise ValueError("body")
 
     with pytest.raises(KeyboardInterrupt):
