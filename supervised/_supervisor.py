@@ -902,7 +902,7 @@ class Supervisor(Joiners):
         if child.delivered:
             return
         if self.body.loop is not None or awaits_another:
-            self._interrupt_unheard(child)
+            self._interrupt_unheard(child)  # once only: of a thread, if another began the teardown
         else:
             self._give_thread_time(child)
 

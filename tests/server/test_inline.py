@@ -20,6 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.context import FlowRunContext
 from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.states import Cancelling
+from support.world import eventually
 
 import supervised
 from supervised import (
@@ -109,10 +110,8 @@ def nothing_is_left():
         names = [thread.name for thread in threading.enumerate()]
         return [name for name in names if name.startswith("supervised-")]
 
-    until = time.monotonic() + 15  # a scope waits 3 s for the plane, which may finish its reads
-    while ours() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert ours() == []
+    # A scope waits 3 s for the plane, which may finish its reads.
+    eventually(lambda: not ours(), seconds=15, what="our threads are gone")
 
 
 @pytest.fixture

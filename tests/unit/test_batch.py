@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from support.virtual import play
 
 from supervised._batch import Batches, Groups
-from supervised.testing._virtual import VirtualLoop
 
 
 class Server:
@@ -221,11 +221,7 @@ def acting_on_groups(test):
         server = Server()
         return await test(server, Groups(server.send))
 
-    loop = VirtualLoop()  # how many groups there are depends on how long a sleep takes
-    try:
-        return loop.run_until_complete(run())
-    finally:
-        loop.close()
+    return play(run())  # how many groups there are depends on how long a sleep takes
 
 
 def test_what_is_added_in_the_same_instant_is_acted_upon_once_and_together():

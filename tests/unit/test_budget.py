@@ -8,19 +8,11 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.virtual import play
 
 from supervised import _clock, supervised_flow, supervisor
 from supervised._budget import Priority, RequestBudget, priority
 from supervised.testing import FakePrefect
-from supervised.testing._virtual import VirtualLoop
-
-
-def play(story):
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(story())
-    finally:
-        loop.close()
 
 
 def http_date(seconds):
@@ -36,7 +28,7 @@ def test_without_a_limit_nothing_waits():
             await budget.take()
         return asyncio.get_running_loop().time()
 
-    assert play(story) == 0
+    assert play(story()) == 0
 
 
 def test_more_important_requests_overtake_the_others():
@@ -59,7 +51,7 @@ def test_more_important_requests_overtake_the_others():
             ask("teardown", Priority.TEARDOWN),
         )
 
-    play(story)
+    play(story())
     assert order == ["teardown", "launch", "poll"]
 
 
@@ -83,7 +75,7 @@ def test_an_inner_block_cannot_lower_the_priority():
         await asyncio.gather(launch(), teardown())
         return order
 
-    assert play(story) == ["teardown", "launch"]
+    assert play(story()) == ["teardown", "launch"]
 
 
 def test_everybody_waits_when_the_server_asks_for_it():
@@ -95,7 +87,7 @@ def test_everybody_waits_when_the_server_asks_for_it():
         await budget.before(httpx.Request("GET", "http://127.0.0.1/"))
         return asyncio.get_running_loop().time()
 
-    assert 7 <= play(story) < 8
+    assert 7 <= play(story()) < 8
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -107,7 +99,7 @@ def test_the_server_may_ask_for_it_until_a_date(status):
         await budget.take()
         return asyncio.get_running_loop().time()
 
-    assert 29 <= play(story) <= 30  # the date has whole seconds
+    assert 29 <= play(story()) <= 30  # the date has whole seconds
 
 
 def test_a_server_that_is_not_available_may_ask_for_it():
@@ -117,7 +109,7 @@ def test_a_server_that_is_not_available_may_ask_for_it():
         await budget.take()
         return asyncio.get_running_loop().time()
 
-    assert 7 <= play(story) < 8
+    assert 7 <= play(story()) < 8
 
 
 def test_a_date_that_is_over_asks_for_nothing():
@@ -128,7 +120,7 @@ def test_a_date_that_is_over_asks_for_nothing():
         await budget.take()
         return asyncio.get_running_loop().time()
 
-    assert play(story) == 0
+    assert play(story()) == 0
 
 
 def test_of_those_that_wait_the_first_makes_all_its_requests_first():
@@ -148,7 +140,7 @@ def test_of_those_that_wait_the_first_makes_all_its_requests_first():
 
         await asyncio.gather(*(launch(name) for name in "abc"))
 
-    play(story)
+    play(story())
     assert order == list("aaabbbccc")
 
 
@@ -164,7 +156,7 @@ def test_who_is_cancelled_while_waiting_takes_nothing():
         await budget.take()
         return asyncio.get_running_loop().time()
 
-    assert play(story) < 1.5
+    assert play(story()) < 1.5
 
 
 def test_of_several_limits_the_smallest_counts_until_it_is_taken_back():
@@ -180,7 +172,7 @@ def test_of_several_limits_the_smallest_counts_until_it_is_taken_back():
         await waiting
         return asyncio.get_running_loop().time()
 
-    assert play(story) < 2
+    assert play(story()) < 2
 
 
 @given(limit=st.integers(1, 600), gaps=st.lists(st.floats(0, 5), min_size=1, max_size=40))
@@ -201,7 +193,7 @@ def test_no_minute_sees_more_requests_than_allowed_and_a_burst(limit, gaps):
         await asyncio.gather(*asked)
         return passed
 
-    passed = play(story)
+    passed = play(story())
     assert len(passed) == len(gaps)
     burst = max(1, limit / 6)
     for moment in passed:

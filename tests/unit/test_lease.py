@@ -6,13 +6,13 @@ from uuid import uuid4
 import anyio
 import pytest
 from prefect.client.schemas.objects import FlowRun
+from support.virtual import play
 
-from supervised import _clock, _identity, supervised_flow, supervisor
+from supervised import _identity, supervised_flow, supervisor
 from supervised._budget import RequestBudget
 from supervised._lease import LeaseHolder
 from supervised.testing import FakePrefect
 from supervised.testing._client import FakeOrchestrator
-from supervised.testing._virtual import VirtualLoop
 
 
 class Unanswering:
@@ -54,13 +54,7 @@ def test_renewals_that_nobody_answers_in_time_do_not_put_off_the_next():
             await holder.renew()
             await holder.hold()
 
-    loop = VirtualLoop()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_clock, "monotonic", loop.time)
-            loop.run_until_complete(story())
-    finally:
-        loop.close()
+    play(story())
     assert begun == pytest.approx([0, 2.5, 5, 7.5, 10])
 
 

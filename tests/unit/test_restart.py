@@ -430,15 +430,20 @@ def test_who_is_being_launched_when_others_are_restarted_has_one_run_at_a_time()
         assert generations(run)["steady"] == [0, 1]
 
 
+def make_slow(monkeypatch, name, slow):
+    """Have a call of the seam take nine seconds longer while there is something in *slow*."""
+    call = getattr(FakeOrchestrator, name)
+
+    async def slowly(self, *given):
+        await asyncio.sleep(9 if slow else 0)
+        return await call(self, *given)
+
+    monkeypatch.setattr(FakeOrchestrator, name, slowly)
+
+
 def test_a_slow_launch_that_others_do_not_wait_for_makes_no_second_run(monkeypatch):
     flaky, slow = fails_once(takes=30), []
-    read = FakeOrchestrator.read_deployment
-
-    async def read_slowly(self, target, *is_wanted):
-        await asyncio.sleep(9 if slow else 0)
-        return await read(self, target, *is_wanted)
-
-    monkeypatch.setattr(FakeOrchestrator, "read_deployment", read_slowly)
+    make_slow(monkeypatch, "read_deployment", slow)
 
     @supervised_flow(restart=Restart(strategy="one_for_all"))
     async def root():
@@ -462,13 +467,7 @@ def test_a_slow_launch_that_others_do_not_wait_for_makes_no_second_run(monkeypat
 
 def test_an_inline_child_that_is_slow_to_launch_runs_once_at_a_time(monkeypatch):
     flaky, slow, running, most = fails_once(takes=30), [], [], []
-    create = FakeOrchestrator.create_inline_run
-
-    async def create_slowly(self, *given):
-        await asyncio.sleep(9 if slow else 0)
-        return await create(self, *given)
-
-    monkeypatch.setattr(FakeOrchestrator, "create_inline_run", create_slowly)
+    make_slow(monkeypatch, "create_inline_run", slow)
 
     @supervised_flow
     async def late():
@@ -503,18 +502,8 @@ def test_a_launch_that_a_restart_has_overtaken_leaves_the_next_attempts_run_alon
 ):
     """It was about to request a run, and the restart was over before it did."""
     flaky, slow, outcomes = fails_once(takes=30), [], []
-    read, create = FakeOrchestrator.read_deployment, FakeOrchestrator.create_inline_run
-
-    async def read_slowly(self, *given):
-        await asyncio.sleep(9 if slow else 0)
-        return await read(self, *given)
-
-    async def create_slowly(self, *given):
-        await asyncio.sleep(9 if slow else 0)
-        return await create(self, *given)
-
-    monkeypatch.setattr(FakeOrchestrator, "read_deployment", read_slowly)
-    monkeypatch.setattr(FakeOrchestrator, "create_inline_run", create_slowly)
+    make_slow(monkeypatch, "read_deployment", slow)
+    make_slow(monkeypatch, "create_inline_run", slow)
 
     @supervised_flow
     async def part():
