@@ -79,6 +79,7 @@ class Watcher:
         self._followers: dict[UUID, list[Follower]] = {}
         self._resources: Counter[str] = Counter()
         self._hinted: set[UUID] = set()
+        # What the stream has told of and no read has shown yet, and what has it read again.
         self._expected: dict[UUID, tuple[StateType, asyncio.TimerHandle]] = {}
         self._wake_reader = anyio.Event()
         self._resubscribe = anyio.Event()
