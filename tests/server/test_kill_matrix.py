@@ -221,6 +221,10 @@ WAYS: dict[str, Callable[[Stage, World, UUID, psutil.Process], None]] = {
     "suspended, resumed, cancelled": suspend_and_resume,
 }
 GUARDED = {"SIGKILL with its runner"}  # who else would end plain children?
+# A worker reads a run again before it cancels it. If there is no server in that instant, the error
+# ends what watches the run: its process is killed, and nobody writes `Cancelled` to it (3.9.1,
+# runner/_cancellation_manager.py, `cancel_by_id` in the task group of `FlowRunExecutorContext`).
+WITHOUT_SERVER = {"cancelled, the server restarts"}
 
 
 @pytest.mark.server
@@ -242,14 +246,30 @@ def test_no_child_outlives_its_root(stage: Stage, world: World, way: str, record
             what="every child has a run",
         )
         WAYS[way](stage, world, root.id, runner)
-        seconds = outlived(world, root.id)
+        seconds = outlived(world, root.id, may_be_left=way in WITHOUT_SERVER)
         record_property("kill matrix", (stage.kind, way, seconds))
         assert set(seconds) >= {f"{state}-{depth}" for state in STATES for depth in DEPTHS}
         assert max(seconds.values()) < BOUND
 
 
-def outlived(world: World, root: UUID) -> dict[str, float]:
-    """Return for how many seconds each child was not over, or its process not gone."""
+def is_final(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_final()
+
+
+def is_reported(world: World, root: UUID, run: FlowRun) -> bool:
+    """Whether a message of the root has said that this run may still be alive."""
+    told = [state.message or "" for state in world.client.read_flow_run_states(root)]
+    return any("may still be alive" in message and str(run.id) in message for message in told)
+
+
+def outlived(world: World, root: UUID, *, may_be_left: bool) -> dict[str, float]:
+    """Return for how many seconds each child was not over, or its process not gone.
+
+    Args:
+        world: The server, and the folder of the marks.
+        root: The run at the top.
+        may_be_left: A run without a process may stay `Cancelling` if the root's report names it.
+    """
     began = time.monotonic()
     seconds: dict[str, float] = {}
     while time.monotonic() - began < BOUND:
@@ -257,7 +277,8 @@ def outlived(world: World, root: UUID) -> dict[str, float]:
         live = {
             run.name
             for run in world.tree(root)[1:]
-            if str(run.id) in alive or run.state is None or not run.state.is_final()
+            if str(run.id) in alive
+            or not (is_final(run) or (may_be_left and is_reported(world, root, run)))
         }
         now = round(time.monotonic() - began, 1)
         for run in world.tree(root)[1:]:
