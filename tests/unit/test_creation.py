@@ -11,6 +11,7 @@ from uuid import uuid4
 import anyio
 import pytest
 
+from supervised import _api
 from supervised._api import Deployment, PrefectOrchestrator, RunRequest
 from supervised._budget import RequestBudget
 from supervised._bulk import LIMIT, Look, Looks
@@ -111,6 +112,50 @@ def test_the_server_is_sent_no_empty_request_if_nobody_wants_what_was_to_be_sent
     runs = create(client, range(MANY), begin=lambda: False)  # but wanted until just before
     assert runs == [None] * MANY
     assert client.sizes == []
+
+
+class Catalogue(Client):
+    """Has one deployment, which takes a moment to find."""
+
+    def __init__(self):
+        super().__init__()
+        self.lookups = []
+        self._found = SimpleNamespace(
+            id=uuid4(),
+            name="gpu",
+            flow_id=uuid4(),
+            version=None,
+            paused=False,
+            enforce_parameter_schema=False,
+        )
+
+    async def read_deployment_by_name(self, name):
+        return await self.read_deployment(name)
+
+    async def read_deployment(self, target):
+        self.lookups.append(target)
+        await asyncio.sleep(0.01)
+        return self._found
+
+    async def read_flow(self, flow_id):
+        return SimpleNamespace(name="score")
+
+
+@pytest.mark.parametrize("target", ["score/gpu", uuid4()], ids=["by name", "by id"])
+def test_a_deployment_that_many_ask_for_is_looked_up_once_in_ten_seconds(target, monkeypatch):
+    client = Catalogue()
+
+    async def act():
+        api = PrefectOrchestrator(client, RequestBudget())
+        found = await asyncio.gather(*(api.read_deployment(target) for _ in range(MANY)))
+        assert {deployment.name for deployment in found} == {"score/gpu"}
+        assert client.lookups == [target]
+        later = _api.monotonic() + 10.1
+        monkeypatch.setattr(_api, "monotonic", lambda: later)  # somebody may have paused it
+        await api.read_deployment(target)
+        assert client.lookups == [target] * 2
+
+    asyncio.run(act())
 
 
 class OneByOne(Client):

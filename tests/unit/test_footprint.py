@@ -7,12 +7,18 @@ import gc
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from prefect import flow
 
 from supervised import supervised_flow, supervisor
 from supervised.testing import FakePrefect, Faults
 from supervised.testing._client import FakeOrchestrator
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import growth
+from meter import in_a_process_of_its_own
 
 CHILDREN = 200
 tracked = {}
@@ -56,6 +62,16 @@ def test_a_launch_leaves_no_cycles_to_the_collector():
     assert found["spawned"] < 35  # 45 with a future for each
     assert found["alive"] < 65  # the simulated server's among them; 126 with the cycles
     assert found["in cycles"] < 15  # 75 with retries that nothing needed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("how", "most"),
+    [("live", 10 * 1024), ("finished", 1024), ("failed", 1024), ("cancelled", 1024)],
+)
+def test_a_child_takes_ten_kibibytes_while_it_lives_and_one_when_it_is_over(how, most):
+    # Of two thousand children; what the scope takes by itself is a part of it.
+    assert in_a_process_of_its_own(growth.weigh, how, 2000) <= most
 
 
 @flow

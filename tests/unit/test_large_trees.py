@@ -1,6 +1,7 @@
 """A large tree is asked in chunks; a slow server is given time, a silent one is not waited for."""
 
 import asyncio
+from collections import Counter
 
 import anyio
 import pytest
@@ -87,3 +88,24 @@ def test_a_server_that_does_not_answer_holds_up_nobody_beyond_the_grace(monkeypa
     report = play(4)
     assert not report.ok
     assert report.seconds < GRACE + 5
+
+
+@pytest.mark.parametrize("children", [50, 200, 800])
+def test_a_teardown_makes_a_request_for_each_fifty_runs_and_few_others(monkeypatch, children):
+    call, request_cancel = FakeOrchestrator.call, FakeOrchestrator.request_cancel
+    requests, asking = Counter(), set()
+
+    async def counted(self, act):
+        if self in asking:
+            requests[self] += 1
+        return await call(self, act)
+
+    async def ask(self, run_ids, message):
+        asking.add(self)
+        return await request_cancel(self, run_ids, message)
+
+    monkeypatch.setattr(FakeOrchestrator, "call", counted)
+    monkeypatch.setattr(FakeOrchestrator, "request_cancel", ask)
+    report = play(children)
+    assert report.ok
+    assert requests.total() <= 2 * children / 50 + 25  # 26 for 200, and 43 for 800

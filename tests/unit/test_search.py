@@ -134,6 +134,17 @@ def test_what_lives_below_runs_that_are_over_is_found_at_any_depth(search, count
     assert look() == lives
 
 
+@pytest.mark.parametrize("wide", [1, 100, 1000])
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_a_search_takes_a_request_for_each_level_and_for_each_hundred_of_it(search, wide, levels):
+    tree, look = search()
+    above = [TOP] * wide
+    for _ in range(levels):
+        above = [tree.add(run) for run in above]
+    assert len(look()) == wide * levels
+    assert tree.requests <= (levels + 1) * max(1, wide // 100)
+
+
 @pytest.mark.parametrize("ahead", [-3600.0, 0.0, 3600.0])
 def test_below_a_run_that_has_been_over_for_a_while_nothing_is_looked_for_again(search, ahead):
     tree, look = search(ahead=ahead)
