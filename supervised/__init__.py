@@ -5,7 +5,7 @@ General layout, every module importing only from those below it:
 - `_flow`: `@supervised_flow`, `SupervisedFlow`.
 - `_scope`: what a flow's function is wrapped in: entering, leaving, what to raise.
 - `_supervisor`: `Supervisor`; spawns, hears of the run's end, begins the teardown.
-- `_lifecycle`: one child's life, from its launch to what it leaves behind.
+- `_lifecycle`, `_deadline`, `_interrupts`: a child's life, the scope's time, the body's end.
 - `_orphans`, `_reap`, `_tree`: the same from outside: finding, ending and showing what is left.
 - `_teardown`, `_launch`, `_watch`: the three things the control plane does for children.
 - `_escalation`, `_asking`, `_reading`, `_discovery`: what a teardown does, in turns.

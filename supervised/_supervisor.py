@@ -16,7 +16,6 @@ import math
 import os
 import threading
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
@@ -32,6 +31,7 @@ from supervised._body import Body
 from supervised._budget import Priority, priority
 from supervised._child import Child
 from supervised._context import current_supervisor
+from supervised._deadline import Deadline
 from supervised._errors import (
     DuplicateKeyError,
     InvalidTargetError,
@@ -42,6 +42,7 @@ from supervised._errors import (
 )
 from supervised._finalizers import Finalizer, Finalizers
 from supervised._host import current_host
+from supervised._interrupts import Interrupts
 from supervised._join import Children, Join, Joiners
 from supervised._lease import LeaseHolder
 from supervised._lifecycle import Lifecycle, Services, open_services
@@ -93,10 +94,6 @@ logger = get_logger("prefect.supervised")
 
 R = TypeVar("R")
 T = TypeVar("T")
-_ABOUT_TO_WAIT_SECONDS = 0.2
-_LOOK_SECONDS = 0.02
-_SIGNAL_SECONDS = 0.25
-_RUNNER_SECONDS = 5.0  # how long a runner has to signal a body whose run is being cancelled
 
 
 class Supervisor(Joiners):
@@ -118,17 +115,6 @@ class Supervisor(Joiners):
         self._lock = threading.RLock()
         self._registry = Registry(flow.name)
         self._lives = Lifecycle(self, self._registry)
-        self._make_child = functools.partial(
-            Child,
-            on_done=self._on_child_done,
-            on_settled=self._lives.settled,
-            on_attempt_over=self._lives.attempt_over,
-            on_unheard=self._on_unheard,
-            ask_cancel=self._lives.cancel,
-            ask_detach=self._lives.detach,
-            is_signal_due=self._is_signal_due,
-        )
-        self._tell_seconds_left = lambda: self.seconds_left  # one for all children
         self._plane: Plane[Services] | None = None
         self._span: _telemetry.SupervisorSpan | None = None
         self._ending: tuple[Cause, CancelReason] | None = None
@@ -141,24 +127,44 @@ class Supervisor(Joiners):
         self._is_completing = False
         self._launches_seen = (0, 0)
         self.lineage = self._find_lineage()
-        limit = options.deadline_seconds
-        self._own_deadline = math.inf if limit is None else self._started + limit
-        self._deadline = self._own_deadline
         self.timed_out: ScopeTimeoutError | None = None
         self.own = OwnRun(
             self._run, self.lineage, flow.name, self._on_own_cancellation, self._on_superseded
         )
         self._link = Link(self._run, self._on_lost) if self._is_launched_child else None
+        self._deadline = Deadline(
+            self._run,
+            started=self._started,
+            seconds=options.deadline_seconds,
+            inherited=_identity.deadline_seconds_of(self._run.labels) if self._link else None,
+        )
         self._lease: LeaseHolder | None = None
         self._leasing = anyio.Lock()
         self.failures: list[Child[Any]] = []
-        self._culprit: Child[Any] | None = None  # whose failure ends the scope
-        self._intended_at: float | None = None  # when the runner was first seen to stop the process
         self._pool = SlotPool()
         self._finalizers = Finalizers()
         self._closed = False
         self._released = False
         self.body = Body()
+        self._interrupts = Interrupts(
+            self.body,
+            run=self._run,
+            own=self.own,
+            host=self.host,
+            live=self._registry.live,
+            call_soon=self._call_soon,
+        )
+        self._make_child = functools.partial(
+            Child,
+            on_done=self._on_child_done,
+            on_settled=self._lives.settled,
+            on_attempt_over=self._lives.attempt_over,
+            on_unheard=self._interrupts.stop_waiting,
+            ask_cancel=self._lives.cancel,
+            ask_detach=self._lives.detach,
+            is_signal_due=self._interrupts.is_signal_due,
+        )
+        self._tell_seconds_left = lambda: self.seconds_left  # one for all children
 
     # -- what users see ---------------------------------------------------------------------
 
@@ -761,18 +767,13 @@ class Supervisor(Joiners):
         scope: Supervisor | None = self
         deadline = math.inf
         while scope is not None:
-            deadline, scope = min(deadline, scope._deadline), scope.outer
+            deadline, scope = min(deadline, scope._deadline.at), scope.outer
         return None if math.isinf(deadline) else max(0.0, deadline - _clock.monotonic())
 
     def arm_deadline(self) -> None:
         """Begin to count the time that the scope has, if that is limited."""
-        inherited = _identity.deadline_seconds_of(self._run.labels) if self._link else None
-        if self.options.deadline_seconds is None and inherited is None:
-            return
-        if inherited is not None:
-            self._deadline = min(self._deadline, self._started + inherited)  # at most
-        plane, _ = self.engage()
-        plane.submit(lambda services: self._count_down(services, inherited))
+        if self._deadline.is_limited:
+            self.engage()[0].submit(self._count_down)
 
     def link(self) -> None:
         """Begin to watch the run that launched this one, if a supervisor did."""
@@ -859,6 +860,10 @@ class Supervisor(Joiners):
                 self._plane = self.host.acquire_plane(functools.partial(open_services, self.host))
             return self._plane
 
+    def _call_soon(self, call: Callable[[], object]) -> bool:
+        """Call something in the control plane's loop; false if there is none."""
+        return self._plane is not None and self._plane.call_soon(call)
+
     def _engage_if_open(self) -> None:
         with self._lock:
             if not self._closed:
@@ -889,60 +894,7 @@ class Supervisor(Joiners):
         )
         if self._span is not None:
             self._span.culprit = child.span
-        self._culprit = child
-        # Before they are ended: a thread would wake up with the cancellation of the one that it
-        # waits for, and be cut off in its cleanup.
-        awaits_another = self._awaits_a_child
-
-        def interrupt_thread() -> None:
-            if awaits_another and self.body.loop is None:
-                self._interrupt_unheard(child)
-
-        self.begin_teardown("failed", reason, interrupt_thread)
-        if child.delivered:
-            return
-        if self.body.loop is not None or awaits_another:
-            self._interrupt_unheard(child)  # once only: of a thread, if another began the teardown
-        else:
-            self._give_thread_time(child)
-
-    @property
-    def _awaits_a_child(self) -> bool:
-        return any(child.is_awaited for child in self._registry.live())
-
-    def _interrupt_unheard(self, child: Child[Any]) -> None:
-        """End a body that does not ask for the failure that ends the scope.
-
-        One that has just spawned the child, and is about to wait for it, is to hear of it there.
-        One that its runner has signalled is cleaning up.
-        """
-        self.body.interrupt(
-            unless=lambda: child.delivered or self.host.termination_intent() is not None
-        )
-
-    def _give_thread_time(self, child: Child[Any]) -> None:
-        """Interrupt a thread, unless it asks for a failure in time.
-
-        It cannot be asked what it is about to do.
-        """
-        until = _clock.monotonic() + _ABOUT_TO_WAIT_SECONDS
-
-        def look() -> None:
-            if self._awaits_a_child or _clock.monotonic() >= until:
-                self._interrupt_unheard(child)
-            elif not child.delivered:
-                asyncio.get_running_loop().call_later(_LOOK_SECONDS, look)
-
-        if self._plane is None or not self._plane.call_soon(look):
-            self._interrupt_unheard(child)
-
-    def _on_unheard(self, child: Child[Any]) -> None:
-        """End a body that had waited for the failure that ends the scope, and waits no more."""
-        if child is not self._culprit:
-            return
-        is_signalled = self.host.termination_intent() is not None
-        if self.body.loop is not None and self.own.cancellation is None and not is_signalled:
-            self.body.interrupt()
+        self._interrupts.fail(child, lambda first: self.begin_teardown("failed", reason, first))
 
     def _begin_race(self, race: Join[Any]) -> None:
         with self._lock:
@@ -951,41 +903,15 @@ class Supervisor(Joiners):
 
     # -- the run's own end -----------------------------------------------------------------------
 
-    async def _count_down(self, services: Services, inherited: float | None) -> None:
+    async def _count_down(self, services: Services) -> None:
         """End the scope when its time is over, or that of the parent that has launched it."""
-        if inherited is not None:
-            await self._refine_deadline(services, inherited)
-        while not await self._lives.wait_for_close(self._deadline - _clock.monotonic()):
-            if _clock.monotonic() < self._own_deadline and await self._was_detached(services):
-                self._deadline = self._own_deadline
-            else:
-                self._on_deadline()
-                return
-
-    async def _refine_deadline(self, services: Services, inherited: float) -> None:
-        """Subtract what passed before the body began; by the server's clock, as hosts differ."""
-        try:
-            now = await _launch.patiently(services.api.server_time)
-        except Exception:
-            logger.debug("Could not read the server's time", exc_info=True)
-            return
-        age = now - self._run.created if now and self._run.created else timedelta(0)
-        left = inherited - max(0.0, age.total_seconds())
-        self._deadline = min(self._deadline, _clock.monotonic() + left)
-
-    async def _was_detached(self, services: Services) -> bool:
-        """Whether somebody has let this run go since it was launched: then its time is its own."""
-        try:
-            runs = await _launch.patiently(lambda: services.api.read_runs([self._run.id]))
-        except Exception:
-            logger.debug("Could not read the own run", exc_info=True)
-            return False
-        return any(run.labels.get(_identity.DETACHED) for run in runs)
+        if await self._deadline.wait(services.api, self._lives.wait_for_close):
+            self._on_deadline()
 
     def _on_deadline(self) -> None:
         if self._closed or self.own.cancellation is not None:
             return
-        seconds = self._deadline - self._started
+        seconds = self._deadline.at - self._started
         detail = f"its deadline was exceeded, {seconds:.3g} s after it began"
         reason = parent_reason("timed_out", self._flow.name, detail)
         self.timed_out = ScopeTimeoutError(f"Flow {self._flow.name!r} timed out: {detail}")
@@ -1123,27 +1049,7 @@ class Supervisor(Joiners):
         if self._plane is not None:
             self._plane.submit(self._unwatch_above)  # its own end is decided
         self.begin_teardown("cancelled", self.own.reason)
-        delay = _RUNNER_SECONDS if self.host.runner_owns(self._run) else 0.0
-        asyncio.get_running_loop().call_later(delay, self._interrupt_unsignalled)
-
-    def _is_signal_due(self) -> bool:
-        """Whether the runner is about to signal the body, which is to hear of no other end before.
-
-        A body that wakes up for `ChildCancelled` would be cut off by the signal in its cleanup.
-        """
-        if self.own.cancelled_at is None or not self.host.runner_owns(self._run):
-            return False
-        now = _clock.monotonic()
-        if self.host.termination_intent() is None:
-            return now < self.own.cancelled_at + _RUNNER_SECONDS
-        if self._intended_at is None:
-            self._intended_at = now  # and the signal follows
-        return now < self._intended_at + _SIGNAL_SECONDS
-
-    def _interrupt_unsignalled(self) -> None:
-        """Interrupt the body, unless its runner has: a second time would cut its cleanup off."""
-        if not (self.host.runner_owns(self._run) and self.host.termination_intent() == "cancel"):
-            self.body.interrupt()
+        self._interrupts.cancel()
 
     async def _tear_down(self, services: Services) -> None:
         assert self._ending is not None

@@ -34,7 +34,7 @@ from supervised import (
     ScopeClosedError,
     SpawnError,
     _escalation,
-    _supervisor,
+    _interrupts,
     _teardown,
     supervised_flow,
     supervisor,
@@ -336,7 +336,7 @@ def test_a_failure_that_came_before_it_was_gathered_is_raised_there_all_the_same
 
 
 def test_a_failure_that_came_before_it_was_asked_for_is_raised_there_all_the_same(monkeypatch):
-    monkeypatch.setattr(_supervisor, "_ABOUT_TO_WAIT_SECONDS", 20.0)  # a thread may have to wait
+    monkeypatch.setattr(_interrupts, "_ABOUT_TO_WAIT_SECONDS", 20.0)  # a thread may have to wait
 
     @supervised_flow
     def parent():
@@ -1321,8 +1321,6 @@ def test_sigterm_after_the_timeout_is_no_timeout():
         await asyncio.sleep(3600)
 
     children = []
-    began = time.monotonic()
     with pytest.raises(BaseException):  # noqa: B017 - Prefect decides which
         asyncio.run(parent())
-    assert children[0].outcome == "cancelled"
-    assert time.monotonic() - began < 30  # or it would wait as after the timeout: without end
+    assert children[0].outcome == "cancelled"  # or it would wait as after the timeout: without end

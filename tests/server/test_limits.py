@@ -482,18 +482,20 @@ def test_a_cancelled_run_calls_its_finalizers_and_its_log_has_what_they_raise(wo
 
 
 def test_a_finalizer_that_takes_too_long_holds_up_a_cancelled_run_for_its_grace(world):
-    released, called = threading.Event(), []
+    released, called, ended = threading.Event(), [], []
+
+    def wait():
+        ended.append(released.wait(60))
 
     @supervised_flow(grace_seconds=1)
     async def parent():
         supervisor.on_teardown(called.append, "first")
-        supervisor.on_teardown(released.wait, 60)
+        supervisor.on_teardown(wait)
         await asyncio.to_thread(end, world, supervisor.flow_run_id, Cancelling())
         await asyncio.sleep(60)
 
-    began = time.monotonic()
     state = asyncio.run(parent(return_state=True))
-    assert 1 <= time.monotonic() - began < 40  # the finalizer itself takes 60
+    assert not ended
     released.set()
     assert state.is_cancelled()
     assert not called

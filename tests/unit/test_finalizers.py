@@ -3,7 +3,6 @@
 import asyncio
 import contextvars
 import threading
-import time
 
 import pytest
 
@@ -54,17 +53,16 @@ def test_what_one_raises_is_told_and_the_others_are_called():
 
 
 def test_one_that_takes_too_long_is_told_and_left_behind():
-    release = threading.Event()
+    release, ended = threading.Event(), []
 
     def hangs():
-        release.wait(60)
+        ended.append(release.wait(60))
 
-    began = time.monotonic()
     assert run(added(lambda: None, hangs), 0.5) == [
         "hangs: not done within the grace of 0.5 s",
         "<lambda>: not called, the grace of 0.5 s was over",
     ]
-    assert time.monotonic() - began < 30
+    assert not ended
     release.set()
     for thread in threading.enumerate():
         if thread.name == FINALIZER_THREAD:
@@ -95,9 +93,7 @@ def test_one_that_raises_stop_iteration_is_told_at_once():
     def first_of_none():
         next(iter(()))
 
-    began = time.monotonic()
     assert run(added(first_of_none), 60) == ["first_of_none: StopIteration: "]
-    assert time.monotonic() - began < 30
 
 
 def test_they_see_the_context_in_which_they_were_added():
