@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import anyio
+import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Sequence
@@ -44,6 +46,8 @@ class Batches(Generic[T, R]):
         self._send = send
         self._limit = limit
         self._waiting: dict[Hashable, deque[tuple[T, asyncio.Future[R]]]] = {}
+        self._under_way: list[list[tuple[T, asyncio.Future[R]]]] = []
+        self._news = asyncio.Event()  # something waits, or has been answered
         self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, kind: Hashable, item: T) -> R:
@@ -57,6 +61,7 @@ class Batches(Generic[T, R]):
         """
         answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(kind, deque()).append((item, answer))
+        self._news.set()
         if self._sender is None:
             self._sender = asyncio.create_task(self._send_all())
         return await answer
@@ -79,26 +84,32 @@ class Batches(Generic[T, R]):
 
     def _give_up(self) -> None:
         self._sender = None
-        for _, answer in [entry for queue in self._waiting.values() for entry in queue]:
+        # Those under way, too: a task that is cancelled before its first step answers nobody.
+        for _, answer in itertools.chain(*self._waiting.values(), *self._under_way):
             answer.cancel()
         self._waiting.clear()
+        self._under_way.clear()
 
     async def _send_some(self, tasks: TaskGroup) -> None:
-        """Send what waits; what comes meanwhile, too."""
-        free = anyio.Semaphore(_AT_ONCE)
-        while self._waiting:
-            await free.acquire()
-            if self._waiting:
-                tasks.start_soon(self._send_batch, self._next_batch(), free)
+        """Send what waits, and what comes until the last answer is there."""
+        while self._waiting or self._under_way:
+            self._news.clear()
+            if self._waiting and len(self._under_way) < _AT_ONCE:
+                self._under_way.append(batch := self._next_batch())
+                tasks.start_soon(self._send_batch, batch)
+                continue
+            is_idle = not self._waiting
+            await self._news.wait()
+            if is_idle and self._waiting:
+                await asyncio.sleep(_COLLECT_SECONDS)
 
-    async def _send_batch(
-        self, batch: list[tuple[T, asyncio.Future[R]]], free: anyio.Semaphore
-    ) -> None:
+    async def _send_batch(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         try:
             if batch:
                 await self._answer(batch)
         finally:
-            free.release()
+            self._under_way.remove(batch)
+            self._news.set()
 
     def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
         """Take what waits of the kind that came first, as much as one request may carry."""
@@ -147,31 +158,48 @@ class Groups(Generic[H]):
 
     def __init__(self, act: Callable[[Sequence[H]], Awaitable[None]]) -> None:
         self._act = act
-        self._next: list[H] = []
+        self._next: _Group[H] = _Group()
         self._known: set[H] = set()
         self._under_way = 0
 
     async def add(self, item: H) -> None:
-        """Have an item acted upon, unless it is already; in the task that its group's first has."""
+        """Have an item acted upon, unless it already is, and wait until its group has been.
+
+        The task of the group's first does it for all: if that is cancelled, nobody does.
+        """
         if item in self._known:
             return
         self._known.add(item)
-        self._next.append(item)
-        if len(self._next) == 1:
-            await self._act_on(await self._collected())
+        group = self._next
+        group.items.append(item)
+        if len(group.items) > 1:
+            await group.is_over.wait()
+            return
+        try:
+            await self._collect()
+            await self._act_on(group.items)
+        finally:
+            self._known.difference_update(group.items)
+            group.is_over.set()
 
-    async def _collected(self) -> Sequence[H]:
+    async def _collect(self) -> None:
         seconds = _COLLECT_SECONDS * (1 + self._under_way)
         try:
             await asyncio.sleep(min(seconds, _MOST_COLLECT_SECONDS))
         finally:
-            group, self._next = self._next, []
-        return group
+            self._next = _Group()
 
-    async def _act_on(self, group: Sequence[H]) -> None:
+    async def _act_on(self, items: Sequence[H]) -> None:
         self._under_way += 1
         try:
-            await self._act(group)
+            await self._act(items)
         finally:
             self._under_way -= 1
-            self._known.difference_update(group)
+
+
+@attrs.define(eq=False)
+class _Group(Generic[H]):
+    """Items that are acted upon together, and whether that is over."""
+
+    items: list[H] = attrs.field(factory=list)
+    is_over: asyncio.Event = attrs.field(factory=asyncio.Event)

@@ -120,8 +120,7 @@ class Discovery:
         # Before the others: what a detached run has launched still carries the old path.
         # A top itself may be detached, from what is above it; that spares nothing below.
         detached = {run.id for run in tagged if run.labels.get(_identity.DETACHED)}
-        for run_id in detached - tops:
-            self._targets.spare(run_id)
+        self._targets.spare(detached.difference(tops))
         children = self._known_children()
         # Parents before their children: what is to become of a run decides on all below it.
         for run in sorted(tagged, key=lambda run: len(_identity.path_of(run.labels))):
@@ -179,11 +178,10 @@ class Discovery:
         new = [run for run in page if self._may_be_new(run)]
         linked = [run for run in new if self._needs_parent(run)]
         parents = await self._api.read_parents(linked) if linked else {}
-        for run in page:
-            if run.labels.get(_identity.DETACHED):
-                self._targets.spare(run.id)
-            elif is_over(run) and has_process(run):
-                self._targets.gone.add(run.id)
+        detached = [run.id for run in page if run.labels.get(_identity.DETACHED)]
+        self._targets.spare(detached)
+        gone = {run.id for run in page if is_over(run) and has_process(run)}
+        self._targets.gone |= gone.difference(detached)
         known = self._known_children() if new else set()
         for run in new:
             self._take_run(run, known, depth=depth, parent_id=parents.get(run.id))
@@ -217,9 +215,8 @@ class Discovery:
         """
         if run.id in self._in_body():
             return
-        if run.labels.get(_identity.DETACHED):
-            self._targets.spare(run.id)
-        if run.id in self._targets.spared or self._targets.of_run(run.id) is not None:
+        is_known = run.id in self._targets.spared or self._targets.of_run(run.id) is not None
+        if is_known or run.labels.get(_identity.DETACHED):
             return
         if run.id in children or _identity.spawn_of(run.labels) in children:
             return  # its own target

@@ -127,6 +127,19 @@ class Cancellation:
     reason: CancelReason = attrs.field(eq=False)
 
 
+@attrs.frozen
+class Ended:
+    """A child's run that has ended, and may have left something alive.
+
+    Args:
+        name: The child's name.
+        run_id: The run.
+    """
+
+    name: str = attrs.field(eq=False)
+    run_id: UUID
+
+
 class Lifecycle:
     """The lives of one scope's children.
 
@@ -148,6 +161,7 @@ class Lifecycle:
         self._restarts = Restarts(registry, scope.options.restart)
         self._spawned: list[str] = []  # and not yet told of
         self._bereaved: Batches[UUID, bool] | None = None  # whose descendants are looked for
+        self._reaped: dict[Cause, Groups[Ended]] = {}  # below whom something was left
         self._cancelled: dict[bool, Groups[Cancellation]] = {}  # by whether they run here
 
     @property
@@ -635,7 +649,7 @@ class Lifecycle:
             children=lambda: [each.child for each in group if each.child.attempt is each.attempt],
             in_body=self._scope.runs_in_body,
             budget=Budget(self._scope.options.grace_seconds),
-            tops=[each.run_id for each in group],
+            tops={each.run_id: each.reason for each in group},
             # What is below code that runs here is never the later attempt's.
             is_superseded=None
             if are_local
@@ -733,15 +747,30 @@ class Lifecycle:
             look = functools.partial(self._which_left_something, services.api)
             self._bereaved = Batches(look, limit=_LOOK_AT_ONCE)
         # Hundreds may end together: one look at all of them instead of a search for each.
-        if not await self._bereaved.submit(None, child.flow_run.id):
+        ended = Ended(child.name, child.flow_run.id)
+        if not await self._bereaved.submit(None, ended.run_id):
             return
+        groups = self._reaped.get(cause)
+        if groups is None:
+            reap = functools.partial(self._reap_below_all, services, cause=cause)
+            groups = self._reaped[cause] = Groups(reap)
+        await groups.add(ended)
+
+    async def _reap_below_all(
+        self, services: Services, group: Sequence[Ended], *, cause: Cause
+    ) -> None:
+        """End what children that ended in the same instant have left, by one search."""
+        alone = group[0] if len(group) == 1 else None
+        lineage = self._scope.lineage
         report = await reap_below(
             services.api,
-            self._scope.lineage.nested(child.flow_run.id),
-            flow_name=child.name,
+            lineage.nested(alone.run_id) if alone else lineage,
+            flow_name=alone.name if alone else self._scope.flow.name,
             cause=cause,
-            reason=parent_reason(cause, child.name),
+            reason=parent_reason(cause, alone.name if alone else None),
             grace_seconds=self._scope.options.grace_seconds,
+            tops={each.run_id: parent_reason(cause, each.name) for each in group},
+            watcher=services.watcher,
         )
         if report is not None and report.receipts:
             self._logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)

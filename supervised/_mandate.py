@@ -10,6 +10,7 @@ from supervised import _identity
 from supervised._policy import HARD_CAUSES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from uuid import UUID
 
     from prefect.client.schemas.objects import FlowRun
@@ -26,7 +27,8 @@ class Mandate:
         lineage: The supervised run and its ancestors.
         cause: How that run ends.
         reason: The same in words.
-        tops: The runs below which everything is to end; none of them is below another.
+        tops: The runs below which everything is to end, none of them below another, and why what
+            is below each is to end, where that is not the child's own reason, or the same for all.
         delegate_to: Who tears the same tree down and verifies it.
         can_wait: Whether somebody is there to wait for a child whose policy is to be waited for.
         spares: Whether policies count.
@@ -36,7 +38,7 @@ class Mandate:
     lineage: _identity.Lineage
     cause: Cause
     reason: CancelReason
-    tops: frozenset[UUID]
+    tops: Mapping[UUID, CancelReason | None]
     delegate_to: UUID | None = None
     can_wait: bool = True
     spares: bool = True
@@ -78,8 +80,10 @@ class Mandate:
 
     def reason_for(self, target: Target, targets: Targets) -> CancelReason:
         """Return why a run is cancelled: for its own reason, or that of the top it is below."""
-        child = target.child
+        child, given = target.child, None
         if child is None:
-            tops = (targets.of_run(run_id) for run_id in self.tops & target.above)
-            child = next((top.child for top in tops if top is not None), None)
-        return (child.cancel_reason if child is not None else None) or self.reason
+            top = next(iter(self.tops.keys() & target.above), None)
+            given = self.tops[top] if top is not None else None
+            above = targets.of_run(top) if top is not None else None
+            child = above.child if above is not None else None
+        return given or (child.cancel_reason if child is not None else None) or self.reason

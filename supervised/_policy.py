@@ -145,9 +145,10 @@ def check_choice(name: str, value: T, known: Sequence[T]) -> T:
     return value
 
 
-def parent_reason(cause: Cause, flow_name: str, detail: str = "") -> CancelReason:
-    """Return the reason that a parent's end gives to its children."""
-    message = f"parent '{flow_name}' {_WORDS[cause]}"
+def parent_reason(cause: Cause, flow_name: str | None, detail: str = "") -> CancelReason:
+    """Return the reason that a parent's end gives to its children; without a name, any one's."""
+    parent = f"parent '{flow_name}'" if flow_name is not None else "a run above it"
+    message = f"{parent} {_WORDS[cause]}"
     return CancelReason(
         source=_SOURCES[cause], message=f"{message}: {detail}" if detail else message
     )

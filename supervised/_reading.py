@@ -161,7 +161,7 @@ class Reading:
     def take(self, run: FlowRun) -> None:
         """Take over what was read of a run, here or by the watcher."""
         if run.labels.get(_identity.DETACHED):
-            self._targets.spare(run.id)
+            self._targets.spare([run.id])
         target = self._targets.of_run(run.id)
         if target is None or run.state is None:
             return

@@ -21,6 +21,9 @@ from supervised._teardown import Teardown
 from supervised._watch import Watcher
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from uuid import UUID
+
     from prefect.client.schemas.objects import FlowRun, State
     from prefect.flows import Flow
 
@@ -42,6 +45,8 @@ async def reap_below(
     grace_seconds: float,
     is_gone: bool = True,
     spares: bool = True,
+    tops: Mapping[UUID, CancelReason | None] | None = None,
+    watcher: Watcher | None = None,
 ) -> TeardownReport | None:
     """End every live run below a run that is over, or lost.
 
@@ -54,13 +59,16 @@ async def reap_below(
         grace_seconds: Seconds for all of it.
         is_gone: Whether the run's process is known to have ended.
         spares: Whether the policies of the runs count.
+        tops: Children of the run, below which to search instead, and why what is below each is to
+            end.
+        watcher: Hears of the ends; without one, they are read.
 
     Returns:
         What became of them; `None` if nothing was alive.
     """
     teardown = Teardown(
         api,
-        Watcher(api),
+        watcher or Watcher(api),
         flow_name=flow_name,
         lineage=lineage,
         cause=cause,
@@ -71,11 +79,10 @@ async def reap_below(
         top_is_gone=is_gone,
         can_wait=False,
         spares=spares,
+        tops=tops or {lineage.run_id: None},
     )
     with priority(Priority.TEARDOWN):
-        if not await teardown.finds_something():
-            return None
-        return await teardown.run()
+        return await teardown.run_if_needed()
 
 
 def end_what_is_left(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

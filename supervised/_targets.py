@@ -11,7 +11,7 @@ from supervised import _clock
 from supervised._policy import has_process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from datetime import datetime
     from uuid import UUID
 
@@ -228,16 +228,20 @@ class Targets:
             if target.run is None and target.new_run is not None:
                 self.set_run(target, target.new_run, target.new_run.state)
 
-    def spare(self, run_id: UUID) -> None:
-        """Leave a run that was detached alone, with all below it, unless it has been asked."""
-        target = self.of_run(run_id)
-        if target is not None and target.requested is not None:
+    def spare(self, run_ids: Collection[UUID]) -> None:
+        """Leave runs that were detached alone, with all below them, unless they have been asked."""
+        spared = {run_id for run_id in run_ids if not self._was_asked(run_id)}
+        if not spared:
             return
-        self.spared.add(run_id)
-        for other in self:
-            is_below = other is target or run_id in other.above
-            if is_below and other.child is None and other.requested is None:
-                self.remove(other)
+        self.spared |= spared
+        for target in self:  # once for all of them: there may be thousands of either
+            is_concerned = target.run_id in spared or not spared.isdisjoint(target.above)
+            if is_concerned and target.child is None and target.requested is None:
+                self.remove(target)
+
+    def _was_asked(self, run_id: UUID) -> bool:
+        target = self.of_run(run_id)
+        return target is not None and target.requested is not None
 
     def is_left_alone(self, run_id: UUID) -> bool:
         """Whether a run goes on, for good or for now, so that what is below it is its own."""

@@ -10,6 +10,7 @@ This is the order of the steps, and when each is over; how they are done, the mo
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -28,7 +29,7 @@ from supervised._targets import Target, Targets
 from supervised._types import TeardownReport
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
     from uuid import UUID
 
     from supervised import _identity, _telemetry
@@ -39,8 +40,11 @@ if TYPE_CHECKING:
     from supervised._types import CancelReason, Cause, Receipt
     from supervised._watch import Watcher
 
+_NO_TOPS: Mapping[UUID, CancelReason | None] = MappingProxyType({})
 _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
+_SWEEP_REST = 4.0  # times as long as the last one took
+_MOST_SWEEP_REST_SECONDS = 20.0
 _SEARCH_AGAIN_SECONDS = 0.4
 _LOOK_SECONDS = 0.05
 _ROUND_SECONDS = 0.25  # between two looks at all, where whatever ends wakes us up
@@ -63,8 +67,8 @@ class Teardown:
         body_runs: Whether the body is still running, and with it what it has called plainly.
         budget: Seconds for all of it.
         delegate_to: An ancestor that tears the same tree down and verifies it.
-        tops: The runs below which to search, if not below the supervised run itself; none of them
-            is below another.
+        tops: The runs below which to search, if not below the supervised run itself, and why what
+            is below each is to end, if it is not a child with a reason; none is below another.
         top_is_gone: Whether that run's process is known to have ended, so that whatever ran
             inline in it is over too.
         can_wait: Whether somebody is there to wait for a child whose policy is to be waited for;
@@ -91,7 +95,7 @@ class Teardown:
         body_runs: Callable[[], bool] = lambda: False,
         budget: Budget,
         delegate_to: UUID | None = None,
-        tops: Collection[UUID] = (),
+        tops: Mapping[UUID, CancelReason | None] = _NO_TOPS,
         top_is_gone: bool = False,
         can_wait: bool = True,
         is_superseded: Callable[[], Awaitable[bool]] | None = None,
@@ -104,7 +108,7 @@ class Teardown:
             lineage=lineage,
             cause=cause,
             reason=reason,
-            tops=frozenset(tops) or frozenset({lineage.run_id}),
+            tops=tops or {lineage.run_id: None},
             delegate_to=delegate_to,
             can_wait=can_wait,
             spares=spares,
@@ -116,6 +120,7 @@ class Teardown:
         self._is_superseded = is_superseded
         self._span = span
         self._is_waiting = False
+        self._sweep_took = 0.0
         self._started, self._started_at = _clock.monotonic(), _clock.utc_now()
         self._grace = Grace(budget, lambda: self.seconds_to_ask)
         self._targets = Targets(top_is_gone=top_is_gone)
@@ -149,14 +154,19 @@ class Teardown:
             has_handed_over=self._has_handed_over,
         )
 
-    async def finds_something(self) -> bool:
-        """Search the tree once, and tell whether there is anything to end."""
-        await self._discovery.search()
-        return bool(len(self._targets) or self._discovery.error)
-
     async def run(self) -> TeardownReport:
         """Tear down, and return what became of every run."""
         try:
+            return await self._run()
+        finally:
+            self._reading.unfollow_all()
+
+    async def run_if_needed(self) -> TeardownReport | None:
+        """Search the tree, and tear down what lives there; `None` if that is nothing."""
+        try:
+            await self._discovery.search()
+            if not (len(self._targets) or self._discovery.error):
+                return None
             return await self._run()
         finally:
             self._reading.unfollow_all()
@@ -189,9 +199,11 @@ class Teardown:
         for target in self._targets:
             if target.action == "wait":
                 target.action = self._mandate.action_for(target)
-            if target.action == "detach":
-                self._targets.remove(target)
-                self._discovery.take_children()  # lets it go
+        detached = [target for target in self._targets if target.action == "detach"]
+        for target in detached:
+            self._targets.remove(target)
+        if detached:
+            self._discovery.take_children()  # lets them go
         self._reading.wake()
 
     async def _run(self) -> TeardownReport:
@@ -261,7 +273,9 @@ class Teardown:
 
     @property
     def _seconds_between_sweeps(self) -> float:
-        return _SWEEP_SECONDS_WITH_EVENTS if self._reading.hears else _SWEEP_SECONDS
+        """How long to rest: most of the server's time is for what is to end, not for searches."""
+        seconds = _SWEEP_SECONDS_WITH_EVENTS if self._reading.hears else _SWEEP_SECONDS
+        return max(seconds, min(_SWEEP_REST * self._sweep_took, _MOST_SWEEP_REST_SECONDS))
 
     async def _last_look(self) -> None:
         """Read once more what is not known to be over, so that the report is true when written."""
@@ -303,9 +317,11 @@ class Teardown:
 
     async def _sweep(self) -> bool:
         """Search again; true if something live turned up."""
-        known = len(self._targets)
+        known, began = len(self._targets), _clock.monotonic()
         self._discovery.take_children()
         await self._discovery.search()
+        if not self._discovery.error:  # what a failure took says nothing
+            self._sweep_took = _clock.monotonic() - began
         await self._request()
         return len(self._targets) > known or bool(self._has_pending or self._discovery.error)
 

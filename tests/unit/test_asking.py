@@ -215,7 +215,7 @@ def mandate():
         lineage=_identity.Lineage(run_id, (run_id,)),
         cause="cancelled",
         reason=a_reason("the night is over"),
-        tops=frozenset({run_id}),
+        tops={run_id: None},
     )
 
 

@@ -212,6 +212,36 @@ def test_what_comes_while_the_last_requests_are_under_way_is_sent(acting):
     acting(test)
 
 
+def test_what_comes_while_one_request_is_under_way_does_not_wait_for_its_answer(acting):
+    async def test(server, batches):
+        server.may_answer.clear()
+        first = submitted(batches, range(3))
+        await server.under_way.wait()
+        server.under_way.clear()
+        await asyncio.sleep(0.05)
+        later = submitted(batches, [7, 8])
+        await asyncio.wait_for(server.under_way.wait(), 60)
+        assert server.requests == [[0, 1, 2], [7, 8]]
+        server.may_answer.set()
+        assert len(await asyncio.gather(*first, *later)) == 5
+
+    acting(test)
+
+
+def test_when_it_is_closed_nobody_waits_whether_or_not_the_request_had_begun(acting):
+    async def test(server, batches):
+        server.may_answer.clear()
+        answers = submitted(batches, range(8))
+        for _ in range(20):
+            await asyncio.sleep(0.002)  # some are sent, some about to be, some wait
+        await batches.close()
+        done, pending = await asyncio.wait(answers, timeout=60)
+        assert not pending
+        assert all(answer.cancelled() for answer in done)
+
+    acting(test)
+
+
 def added(groups, items):
     return [asyncio.ensure_future(groups.add(item)) for item in items]
 
@@ -263,12 +293,25 @@ def test_the_more_groups_are_under_way_the_more_the_next_one_takes_up():
     acting_on_groups(test)
 
 
+def test_everybody_in_a_group_waits_until_it_has_been_acted_upon():
+    async def test(server, groups):
+        server.may_answer.clear()
+        tasks = added(groups, "xyz")
+        await server.under_way.wait()
+        await asyncio.sleep(1)
+        assert not any(task.done() for task in tasks)
+        server.may_answer.set()
+        await asyncio.gather(*tasks)
+
+    acting_on_groups(test)
+
+
 def test_a_group_that_is_given_up_before_it_was_acted_upon_holds_up_no_other():
     async def test(server, groups):
-        (first,) = added(groups, "x")
+        first, second = added(groups, "xy")
         await asyncio.sleep(0)
         first.cancel()
-        await asyncio.wait([first])
+        await asyncio.wait([first, second])
         await groups.add("y")
         assert server.requests == [["y"]]
 

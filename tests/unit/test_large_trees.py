@@ -90,6 +90,31 @@ def test_a_server_that_does_not_answer_holds_up_nobody_beyond_the_grace(monkeypa
     assert report.seconds < GRACE + 5
 
 
+def test_searches_that_take_long_leave_the_server_time_for_what_is_to_end(monkeypatch):
+    read, searches = FakeOrchestrator.read_tagged, []
+
+    async def slowly(self, tag, **options):
+        searches.append(tag)
+        await anyio.sleep(3.0)
+        return await read(self, tag, **options)
+
+    @supervised_flow(grace_seconds=60)
+    async def patient():
+        supervisor.spawn("score/gpu")
+        await asyncio.sleep(30)
+        raise Enough
+
+    with FakePrefect() as prefect:
+        prefect.deploy("score/gpu", runner="gone")
+        root = prefect.start(patient)
+        prefect.until(lambda: sum(run.state.is_running() for run in prefect.runs) == 2, within=25)
+        prefect.runners["gone"].kill()  # so that nothing ends
+        monkeypatch.setattr(FakeOrchestrator, "read_tagged", slowly)
+        prefect.until(lambda: root.report is not None, within=300)
+    assert not root.report.ok
+    assert 3 <= len(searches) <= 5  # nine without a rest
+
+
 @pytest.mark.parametrize("children", [50, 200, 800])
 def test_a_teardown_makes_a_request_for_each_fifty_runs_and_few_others(monkeypatch, children):
     call, request_cancel = FakeOrchestrator.call, FakeOrchestrator.request_cancel

@@ -291,3 +291,50 @@ def test_a_run_that_is_answered_too_late_is_ended_though_there_is_no_grace():
         run = prefect.start(root)
         prefect.until(lambda: not run.is_alive, within=300)
         assert [below.state.name for below in run.below] == ["Cancelled"]
+
+
+def test_what_many_children_have_left_that_crashed_together_is_ended_by_few_searches(monkeypatch):
+    read, searches = FakeOrchestrator.read_tagged, []
+    request_cancel, told = FakeOrchestrator.request_cancel, {}
+
+    async def ask(self, run_ids, message):
+        told.update(dict.fromkeys(run_ids, message.partition(" [")[0]))
+        return await request_cancel(self, run_ids, message)
+
+    async def noted(self, tag, **options):
+        searches.append(self)
+        return await read(self, tag, **options)
+
+    @supervised_flow
+    async def mid():
+        for key in "ab":
+            supervisor.spawn("score/gpu", key=key)
+        await asyncio.sleep(600)
+
+    @supervised_flow(on_child_failure="ignore")
+    async def root():
+        for part in range(20):
+            supervisor.spawn("mid/test", key=f"mid-{part}", name=f"mid-{part % 3}")
+        await asyncio.sleep(600)
+
+    with FakePrefect() as prefect:
+        prefect.has_hooks = False
+        prefect.deploy("mid/test", mid, runner="mids")
+        prefect.deploy("score/gpu", takes=7200)
+        run = prefect.start(root)
+        prefect.until(lambda: sum(each.state.is_running() for each in prefect.runs) == 61)
+        prefect.advance(5)
+        monkeypatch.setattr(FakeOrchestrator, "read_tagged", noted)
+        monkeypatch.setattr(FakeOrchestrator, "request_cancel", ask)
+        mids = [each for each in run.below if each.flow_run.name.startswith("mid")]
+        leaves = [each for each in run.below if each.id not in {mid.id for mid in mids}]
+        assert (len(mids), len(leaves)) == (20, 40)
+        for each in mids:
+            each.kill()
+        prefect.until(lambda: not any(leaf.is_alive for leaf in leaves), within=30)
+        assert not run.state.is_final()
+    above = {leaf.id: mid.flow_run.name for mid in mids for leaf in mid.below}
+    assert told == {
+        run_id: f"Cancelled because parent '{name}' crashed" for run_id, name in above.items()
+    }
+    assert len(searches) <= 20  # 80 when each of them had a teardown of its own

@@ -24,7 +24,7 @@ def a_mandate(cause="failed", **options):
         lineage=_identity.Lineage(run_id, (run_id,)),
         cause=cause,
         reason=parent_reason(cause, "nightly"),
-        **{"tops": frozenset({run_id}), **options},
+        **{"tops": {run_id: None}, **options},
     )
 
 
@@ -78,12 +78,21 @@ def test_a_harder_end_means_to_each_what_its_own_policy_says(make_child):
 def test_each_is_cancelled_for_its_own_reason_or_for_that_of_the_top_it_is_below(make_child):
     run, child, targets = a_run(), make_child(), Targets()
     child.mark_cancel(ENOUGH)
-    mandate = a_mandate(tops=frozenset({run.id}))
+    mandate = a_mandate(tops={run.id: None})
     top = Target(name="top", depth=1, child=child, run=run)
     targets.add(top)
     below = Target(name="leaf", depth=2, run=a_run(), above=frozenset({run.id}))
     beside = Target(name="leaf", depth=2, run=a_run())
     assert mandate.reason_for(top, targets) == ENOUGH
+    assert mandate.reason_for(below, targets) == ENOUGH
+    assert mandate.reason_for(beside, targets) == mandate.reason
+
+
+def test_what_is_below_a_top_that_was_given_a_reason_is_cancelled_for_that():
+    top, targets = a_run(), Targets()
+    mandate = a_mandate(tops={top.id: ENOUGH, uuid4(): None})
+    below = Target(name="leaf", depth=2, run=a_run(), above=frozenset({top.id}))
+    beside = Target(name="leaf", depth=2, run=a_run())
     assert mandate.reason_for(below, targets) == ENOUGH
     assert mandate.reason_for(beside, targets) == mandate.reason
 

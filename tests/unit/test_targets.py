@@ -85,16 +85,25 @@ def test_a_detached_run_is_left_alone_with_all_that_was_not_asked_below_it(targe
     top, other = add(targets), add(targets)
     below, asked = add(targets, top), add(targets, top)
     asked.note_request()
-    targets.spare(top.run_id)
+    targets.spare([top.run_id])
     assert list(targets) == [other, asked]
     assert targets.of_run(below.run_id) is None
     assert targets.is_left_alone(top.run_id)
 
 
+def test_many_that_were_detached_are_left_alone_at_once(targets):
+    tops, others = [add(targets) for _ in range(3)], [add(targets) for _ in range(3)]
+    below = [add(targets, top) for top in tops]
+    targets.spare([top.run_id for top in tops])
+    assert list(targets) == others
+    assert all(targets.is_left_alone(top.run_id) for top in tops)
+    assert all(targets.of_run(each.run_id) is None for each in below)
+
+
 def test_who_has_been_asked_is_ended_though_it_was_detached_then(targets):
     target = add(targets)
     target.note_request()
-    targets.spare(target.run_id)
+    targets.spare([target.run_id])
     assert list(targets) == [target]
     assert not targets.is_left_alone(target.run_id)
 
