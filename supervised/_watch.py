@@ -354,10 +354,11 @@ class Watcher:
         return max(_POLL_WITHOUT_EVENTS_SECONDS, self._poll_cost / _POLL_SHARE_WITHOUT_EVENTS)
 
     async def _poll(self) -> None:
-        polled = _clock.monotonic()
+        polled = paced = _clock.monotonic()
         while True:
-            due = polled + self._poll_seconds - _clock.monotonic()
-            pace = min(self._paces.values(), default=math.inf)
+            now = _clock.monotonic()
+            due = polled + self._poll_seconds - now
+            pace = paced + min(self._paces.values(), default=math.inf) - now
             with anyio.move_on_after(max(0.0, min(due, pace))):
                 await self._stream_lost.wait()
                 self._stream_lost = anyio.Event()
@@ -365,10 +366,13 @@ class Watcher:
             everything = {*self._children, *self._owners, *self._others}
             if pace < due and len(everything) > _PAGE:
                 await self.refresh(set(self._others))
+                paced = _clock.monotonic()
                 continue
             polled = _clock.monotonic()
-            if await self._poll_all():  # what a failure took says nothing
-                self._poll_seconds_taken.append(_clock.monotonic() - polled)
+            was_read = await self._poll_all()
+            paced = _clock.monotonic()
+            if was_read:  # what a failure took says nothing
+                self._poll_seconds_taken.append(paced - polled)
 
     async def _poll_all(self) -> bool:
         if self._unheard:

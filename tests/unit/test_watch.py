@@ -1,6 +1,7 @@
 """The watcher reads as often as it has to, and no more often than the server can bear."""
 
 import asyncio
+import itertools
 from contextlib import asynccontextmanager
 from uuid import uuid4
 
@@ -120,6 +121,22 @@ def test_where_the_rest_is_more_than_a_request_it_is_read_alone():
     together = [ids for _, ids in api.reads if len(ids) == 251]
     assert 1_400 <= len(alone) + len(together) <= 1_900
     assert 340 <= len(together) <= 362
+
+
+def test_what_has_a_pace_of_its_own_is_read_in_time_while_the_stream_fails_again_and_again():
+    """Or who is ended by the silence of its parent would hear of that minutes later."""
+    api, other = Api(0.01, hears=False), uuid4()
+
+    def begin(watcher):
+        for _ in range(250):
+            an_owner(watcher)
+        watcher.watch_other(other, lambda run_id, run: None, every=7.5)
+        watcher._poll_seconds_taken.extend([50.0, 50.0])  # everything is read every 200 s
+
+    watch(api, 190, begin)
+    moments = [moment for moment, ids in api.reads if other in ids]
+    gaps = [after - before for before, after in itertools.pairwise([0.0, *moments, 190.0])]
+    assert max(gaps) <= 7.6
 
 
 def test_the_loss_of_the_stream_is_no_reason_to_sleep_on():
