@@ -3,13 +3,14 @@
 A root is set to `Cancelling`, as Prefect's UI does, once every process of its tree runs. Measured
 from then until the last process below the root is gone, until the root's own is too, and until the
 last run is terminal. The floor is one bulk request that sets every run of a plain tree to
-`Cancelling` in the same instant.
+`Cancelling` in the same instant. The contenders take turns, in an order that changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from uuid import UUID
@@ -38,19 +39,15 @@ def main() -> int:
         server = only_server(database, cascades=True)
         with server as started, served(started, HERE / "trees.py") as stage:
             for shape in options.shapes:
-                for contender in options.contenders:
-                    if contender == "plain Prefect" and shape in CHAINS:
-                        continue
-                    few = (contender, database) == ("plain Prefect", "sqlite")  # minutes a tree
-                    for _ in range(1 if few else options.repetitions):
-                        rows.append(
-                            {
-                                "database": database,
-                                "shape": shape,
-                                "contender": contender,
-                                **measure(stage.world(), contender, SHAPES[shape]),
-                            }
-                        )
+                for repetition in range(options.repetitions):
+                    for contender in random.sample(options.contenders, len(options.contenders)):
+                        if contender == "plain Prefect" and shape in CHAINS:
+                            continue
+                        if repetition and (contender, database) == ("plain Prefect", "sqlite"):
+                            continue  # minutes a tree
+                        seconds = measure(stage.world(), contender, SHAPES[shape])
+                        row = {"database": database, "shape": shape, "contender": contender}
+                        rows.append({**row, **seconds})
                         sys.stderr.write(f"{rows[-1]}\n")
     json.dump(rows, sys.stdout, indent=2)
     return 0

@@ -13,6 +13,7 @@ import functools
 import json
 import random
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timezone
 from uuid import UUID, uuid4
@@ -26,6 +27,7 @@ from prefect.runtime import flow_run
 from stage import DEPLOYMENT, deploy_child, only_server, parser
 
 from supervised import supervised_flow, supervisor
+from supervised._bulk import Look, Looks
 
 
 class Enough(Exception):
@@ -98,13 +100,13 @@ async def floor(children: int, width: int = 1) -> tuple[int, Meter]:
 
     @flow
     async def parent() -> tuple[int, Meter]:
-        batches = batches_of(children)
+        batches, looks = batches_of(children), Looks()
         async with get_client() as client:
             with metered() as meter:
                 found = await client.read_deployment_by_name(DEPLOYMENT)
                 async with anyio.create_task_group() as creators:
                     for _ in range(width):
-                        creators.start_soon(create_all, client, found.id, batches)
+                        creators.start_soon(create_all, client, found.id, batches, looks)
         return children, meter
 
     return await parent()
@@ -115,22 +117,21 @@ def batches_of(children: int) -> Iterator[range]:
     return iter([range(at, min(children, at + 100)) for at in range(0, children, 100)])
 
 
-async def create_all(client: PrefectClient, deployment: UUID, batches: Iterator[range]) -> None:
+async def create_all(
+    client: PrefectClient, deployment: UUID, batches: Iterator[range], looks: Looks
+) -> None:
     """Create what batches are left, one after another."""
     for parts in batches:
-        await create(client, deployment, UUID(flow_run.id), parts)
+        await create(client, deployment, UUID(flow_run.id), parts, looks)
 
 
-async def create(client: PrefectClient, deployment: UUID, parent: UUID, parts: range) -> None:
+async def create(
+    client: PrefectClient, deployment: UUID, parent: UUID, parts: range, looks: Looks
+) -> None:
     tracking = {part: uuid4() for part in parts}
     events = [tracking_event(parent, task_run) for task_run in tracking.values()]
     await client.request("POST", "/events", json=events)
-    chosen = {"task_runs": {"id": {"any_": [str(run_id) for run_id in tracking.values()]}}}
-    while True:
-        response = await client.request("POST", "/task_runs/count", json=chosen)
-        if response.json() == len(tracking):
-            break
-        await asyncio.sleep(0.1)
+    await wait_until_recorded(client, list(tracking.values()), looks)
     bodies = {
         task_run: {
             "parameters": {"part": part},
@@ -149,6 +150,20 @@ async def create(client: PrefectClient, deployment: UUID, parent: UUID, parts: r
         for task_run, result in results:
             if result["status"] == "CREATED":
                 del bodies[task_run]
+
+
+async def wait_until_recorded(client: PrefectClient, ids: list[UUID], looks: Looks) -> None:
+    """Look when they may be there, as ours does: each look takes the server time."""
+    chosen = {"task_runs": {"id": {"any_": [str(run_id) for run_id in ids]}}}
+    began, seen, pause = time.monotonic(), [Look()], looks.first(len(ids))
+    while True:
+        await asyncio.sleep(pause)
+        response = await client.request("POST", "/task_runs/count", json=chosen)
+        seen.append(Look(time.monotonic() - began, response.json()))
+        if seen[-1].recorded == len(ids):
+            looks.learn(seen[1], seen[-1])
+            return
+        pause = looks.again(len(ids), *seen[-2:])
 
 
 def tracking_event(parent: UUID, task_run: UUID) -> dict[str, object]:
