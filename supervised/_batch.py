@@ -48,6 +48,7 @@ class Batches(Generic[T, R]):
         self._waiting: dict[Hashable, deque[tuple[T, asyncio.Future[R]]]] = {}
         self._under_way: list[list[tuple[T, asyncio.Future[R]]]] = []
         self._news = asyncio.Event()  # something waits, or has been answered
+        self._answered = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, kind: Hashable, item: T) -> R:
@@ -93,23 +94,31 @@ class Batches(Generic[T, R]):
     async def _send_some(self, tasks: TaskGroup) -> None:
         """Send what waits, and what comes until the last answer is there."""
         while self._waiting or self._under_way:
-            self._news.clear()
             if self._waiting and len(self._under_way) < _AT_ONCE:
                 self._under_way.append(batch := self._next_batch())
                 tasks.start_soon(self._send_batch, batch)
                 continue
             is_idle = not self._waiting
+            self._news.clear()
             await self._news.wait()
             if is_idle and self._waiting:
-                await asyncio.sleep(_COLLECT_SECONDS)
+                await self._collect()
+
+    async def _collect(self) -> None:
+        """Let more come, until an answer is there: what comes one by one is one request, too."""
+        self._answered.clear()
+        with anyio.move_on_after(_MOST_COLLECT_SECONDS if self._under_way else _COLLECT_SECONDS):
+            await self._answered.wait()
 
     async def _send_batch(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         try:
             if batch:
                 await self._answer(batch)
         finally:
-            self._under_way.remove(batch)
+            # Not by `remove`: the items may be parameters that cannot be compared.
+            self._under_way = [each for each in self._under_way if each is not batch]
             self._news.set()
+            self._answered.set()
 
     def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
         """Take what waits of the kind that came first, as much as one request may carry."""

@@ -569,7 +569,7 @@ class Lifecycle:
         self._disarm_deadline(child)  # the next one's run has its own
         cause = LEAVING.get(end.outcome)
         if child.kind != "inline" and cause is not None and child.cancel_reason is None:
-            await self._reap_below(services, child, cause)
+            await self._reap_below(services, child, cause, alone=True)
 
     def _give_up_restart(self, begun: Round, future: concurrent.futures.Future[None]) -> None:
         """Settle the members of a round that could not be restarted as their attempts ended."""
@@ -740,8 +740,17 @@ class Lifecycle:
             return self._plane.submit(reap)
         return None
 
-    async def _reap_below(self, services: Services, child: Child[Any], cause: Cause) -> None:
-        """End what a child launched that ended badly: it may have died before it could."""
+    async def _reap_below(
+        self, services: Services, child: Child[Any], cause: Cause, *, alone: bool = False
+    ) -> None:
+        """End what a child launched that ended badly: it may have died before it could.
+
+        Args:
+            services: Those of the control plane.
+            child: The child.
+            cause: How it ended.
+            alone: Whether somebody waits for just that, and for nothing that others have left.
+        """
         assert child.flow_run is not None
         if self._bereaved is None:
             look = functools.partial(self._which_left_something, services.api)
@@ -749,6 +758,9 @@ class Lifecycle:
         # Hundreds may end together: one look at all of them instead of a search for each.
         ended = Ended(child.name, child.flow_run.id)
         if not await self._bereaved.submit(None, ended.run_id):
+            return
+        if alone:
+            await self._reap_below_all(services, [ended], cause=cause)
             return
         groups = self._reaped.get(cause)
         if groups is None:
@@ -760,14 +772,15 @@ class Lifecycle:
         self, services: Services, group: Sequence[Ended], *, cause: Cause
     ) -> None:
         """End what children that ended in the same instant have left, by one search."""
-        alone = group[0] if len(group) == 1 else None
-        lineage = self._scope.lineage
+        lineage, name = self._scope.lineage, None
+        if len(group) == 1:
+            lineage, name = lineage.nested(group[0].run_id), group[0].name
         report = await reap_below(
             services.api,
-            lineage.nested(alone.run_id) if alone else lineage,
-            flow_name=alone.name if alone else self._scope.flow.name,
+            lineage,
+            flow_name=name or f"{len(group)} children of {self._scope.flow.name}",
             cause=cause,
-            reason=parent_reason(cause, alone.name if alone else None),
+            reason=parent_reason(cause, name),
             grace_seconds=self._scope.options.grace_seconds,
             tops={each.run_id: parent_reason(cause, each.name) for each in group},
             watcher=services.watcher,

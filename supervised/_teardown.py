@@ -44,7 +44,6 @@ _NO_TOPS: Mapping[UUID, CancelReason | None] = MappingProxyType({})
 _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
 _SWEEP_REST = 4.0  # times as long as the last one took
-_MOST_SWEEP_REST_SECONDS = 20.0
 _SEARCH_AGAIN_SECONDS = 0.4
 _LOOK_SECONDS = 0.05
 _ROUND_SECONDS = 0.25  # between two looks at all, where whatever ends wakes us up
@@ -273,9 +272,13 @@ class Teardown:
 
     @property
     def _seconds_between_sweeps(self) -> float:
-        """How long to rest: most of the server's time is for what is to end, not for searches."""
+        """How long to rest: most of the server's time is for what is to end, not for searches.
+
+        But not beyond the time in which what another search finds can be asked.
+        """
         seconds = _SWEEP_SECONDS_WITH_EVENTS if self._reading.hears else _SWEEP_SECONDS
-        return max(seconds, min(_SWEEP_REST * self._sweep_took, _MOST_SWEEP_REST_SECONDS))
+        time_left = self._grace.left - 2 * self._sweep_took
+        return max(seconds, min(_SWEEP_REST * self._sweep_took, time_left))
 
     async def _last_look(self) -> None:
         """Read once more what is not known to be over, so that the report is true when written."""
@@ -320,8 +323,8 @@ class Teardown:
         known, began = len(self._targets), _clock.monotonic()
         self._discovery.take_children()
         await self._discovery.search()
-        if not self._discovery.error:  # what a failure took says nothing
-            self._sweep_took = _clock.monotonic() - began
+        # What a failure took says nothing.
+        self._sweep_took = 0.0 if self._discovery.error else _clock.monotonic() - began
         await self._request()
         return len(self._targets) > known or bool(self._has_pending or self._discovery.error)
 

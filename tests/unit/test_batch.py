@@ -228,6 +228,47 @@ def test_what_comes_while_one_request_is_under_way_does_not_wait_for_its_answer(
     acting(test)
 
 
+def test_what_comes_one_by_one_while_a_request_is_under_way_is_one_request_too():
+    async def run():
+        server = Server()
+        batches, answers = Batches(server.send, limit=100), []
+        server.may_answer.clear()
+        answers += submitted(batches, range(3))
+        await server.under_way.wait()
+        for item in range(10, 30):
+            answers += submitted(batches, [item])
+            await asyncio.sleep(0.02)
+        server.may_answer.set()
+        await asyncio.gather(*answers)
+        assert server.requests == [[0, 1, 2], [*range(10, 30)]]
+
+    play(run())
+
+
+class Incomparable:
+    """As a parameter may be, such as an array."""
+
+    def __eq__(self, other):
+        raise ValueError("the truth value is ambiguous")
+
+    __hash__ = object.__hash__
+
+
+def test_items_are_never_compared():
+    async def run():
+        async def send(items):
+            await asyncio.sleep(items[0][1])  # so that the second one is answered first
+            return items
+
+        batches = Batches(send, limit=1)
+        items = [(Incomparable(), seconds) for seconds in (2.0, 1.0)]
+        answers = [asyncio.ensure_future(batches.submit("a", item)) for item in items]
+        for item, answer in zip(items, answers, strict=True):
+            assert await answer is item
+
+    play(run())
+
+
 def test_when_it_is_closed_nobody_waits_whether_or_not_the_request_had_begun(acting):
     async def test(server, batches):
         server.may_answer.clear()
