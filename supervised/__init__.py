@@ -55,13 +55,13 @@ from supervised._errors import (
 )
 from supervised._flow import SupervisedFlow, supervised_flow
 from supervised._proxy import supervisor
-from supervised._restart import Restart
 from supervised._types import CancelReason, Receipt, TeardownReport
 
 if _typing.TYPE_CHECKING:
     from supervised._child import Child
     from supervised._finalizers import Finalizer
     from supervised._join import AsCompleted, Children, Join
+    from supervised._restart import Restart
     from supervised._supervisor import Supervisor
 
 __all__ = [
@@ -108,6 +108,7 @@ _LAZY = {
     "Children": "_join",
     "Finalizer": "_finalizers",
     "Join": "_join",
+    "Restart": "_restart",
     "Supervisor": "_supervisor",
 }
 

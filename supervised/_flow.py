@@ -15,7 +15,6 @@ from supervised import _compat
 from supervised._context import current_supervisor
 from supervised._hooks import HOOK_OPTIONS, normalise_hook, normalise_hooks
 from supervised._policy import check_budget, check_limit, check_seconds, resolve_on_parent
-from supervised._restart import Restart, check_restart
 from supervised._types import OnChildFailure, OnParent, ScopeOptions
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from prefect.runner.storage import RunnerStorage
     from prefect.task_runners import TaskRunner
 
+    from supervised._restart import Restart
     from supervised._supervisor import Supervisor
 
 P = ParamSpec("P")
@@ -287,6 +287,10 @@ def _scope_options(
             f"on_child_failure: {on_child_failure!r} is no policy; "
             f"use {', '.join(_FAILURE_POLICIES)}"
         )
+    if restart is not None:
+        from supervised._restart import check_restart
+
+        check_restart(restart)
     limit = check_limit("max_concurrent", max_concurrent)
     grace = check_seconds("grace_seconds", grace_seconds)
     budget = check_limit("requests_per_minute", requests_per_minute)
@@ -298,7 +302,7 @@ def _scope_options(
         on_child_failure=on_child_failure or base.on_child_failure,
         max_concurrent=base.max_concurrent if limit is None else limit,
         lease_seconds=base.lease_seconds if lease is None else lease,
-        restart=check_restart(restart) or base.restart,
+        restart=restart or base.restart,
         deadline_seconds=base.deadline_seconds if deadline is None else deadline,
         requests_per_minute=base.requests_per_minute if budget is None else budget,
     )
