@@ -80,10 +80,11 @@ class Mandate:
 
     def reason_for(self, target: Target, targets: Targets) -> CancelReason:
         """Return why a run is cancelled: for its own reason, or that of the top it is below."""
-        child, given = target.child, None
-        if child is None:
-            top = next(iter(self.tops.keys() & target.above), None)
-            given = self.tops[top] if top is not None else None
-            above = targets.of_run(top) if top is not None else None
-            child = above.child if above is not None else None
-        return given or (child.cancel_reason if child is not None else None) or self.reason
+        if target.child is not None:
+            return target.child.cancel_reason or self.reason
+        top = next(iter(self.tops.keys() & target.above), None)
+        if top is None:
+            return self.reason
+        above = targets.of_run(top)
+        child = above.child if above is not None else None
+        return self.tops[top] or (child.cancel_reason if child is not None else None) or self.reason

@@ -79,7 +79,7 @@ async def reap_below(
         top_is_gone=is_gone,
         can_wait=False,
         spares=spares,
-        tops=tops or {lineage.run_id: None},
+        tops=tops,
     )
     with priority(Priority.TEARDOWN):
         return await teardown.run_if_needed()

@@ -10,7 +10,6 @@ This is the order of the steps, and when each is over; how they are done, the mo
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from supervised._types import CancelReason, Cause, Receipt
     from supervised._watch import Watcher
 
-_NO_TOPS: Mapping[UUID, CancelReason | None] = MappingProxyType({})
 _SWEEP_SECONDS = 1.5
 _SWEEP_SECONDS_WITH_EVENTS = 4.0
 _SWEEP_REST = 4.0  # times as long as the last one took
@@ -94,7 +92,7 @@ class Teardown:
         body_runs: Callable[[], bool] = lambda: False,
         budget: Budget,
         delegate_to: UUID | None = None,
-        tops: Mapping[UUID, CancelReason | None] = _NO_TOPS,
+        tops: Mapping[UUID, CancelReason | None] | None = None,
         top_is_gone: bool = False,
         can_wait: bool = True,
         is_superseded: Callable[[], Awaitable[bool]] | None = None,
