@@ -29,6 +29,7 @@ from supervised._api import PrefectOrchestrator
 from supervised._bulk import BulkCreation
 from supervised._finished import Finished
 from supervised._pace import Pace
+from supervised._schema import ParameterSchema
 
 Switch = Callable[[], contextlib.AbstractContextManager[Any]]
 LAZY = "from prefect import flow; import supervised"
@@ -86,6 +87,11 @@ PARTS = [
         "tracking task runs recorded from events",
         "launch",
         lambda: mock.patch.object(BulkCreation, "_track", _track_one_by_one),
+    ),
+    Part(
+        "parameters that fit are not checked by the server",
+        "launch",
+        lambda: mock.patch.object(ParameterSchema, "fits", return_value=False),
     ),
     Part("two batches overlap", "launch", lambda: mock.patch.object(_batch, "_AT_ONCE", 1)),
     Part("runs cancelled in bulk", "cancel", _one_by_one),

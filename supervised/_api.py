@@ -57,6 +57,7 @@ from supervised._errors import (
     ParametersError,
 )
 from supervised._pace import CHUNK, Pace
+from supervised._schema import ParameterSchema, parameter_schema
 from supervised._stall import Limit
 
 if TYPE_CHECKING:
@@ -94,15 +95,14 @@ class Deployment:
         name: *flow/deployment*.
         version: Its version.
         paused: Whether its runs would wait.
-        parameters: The flow's parameters and, where the schema states one, their JSON type;
-            `None` if a run may be given any.
+        schema: What a run's parameters have to fit; `None` if it may be given any.
     """
 
     id: UUID
     name: str
     version: str | None
     paused: bool
-    parameters: Mapping[str, str | None] | None = None
+    schema: ParameterSchema | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -122,6 +122,8 @@ class RunRequest:
     scheduled_time: datetime | None = None
     work_queue_name: str | None = None
     job_variables: Mapping[str, Any] | None = None
+    is_checked: bool = False
+    """Whether the parameters are known to fit the deployment's schema."""
     is_wanted: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
     """Whether anybody still wants the run, as far as the server may not have been asked yet."""
     begin: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
@@ -324,7 +326,7 @@ class PrefectOrchestrator:
             name=name,
             version=found.version,
             paused=found.paused,
-            parameters=_parameter_types(found) if found.enforce_parameter_schema else None,
+            schema=parameter_schema(found),
         )
 
     async def create_deployment_run(
@@ -782,21 +784,6 @@ def _read_acks(run_ids: Sequence[UUID], results: list[dict[str, Any]]) -> list[A
         state = State.model_validate(result["state"]) if result.get("state") else None
         acks.append(Ack(run_id, state, str((result.get("details") or {}).get("reason") or "")))
     return acks
-
-
-def _parameter_types(found: DeploymentResponse) -> dict[str, str | None] | None:
-    """Return what the schema says; the type is missing for `**kwargs`, among others."""
-    schema = found.parameter_openapi_schema or {}
-    properties: Mapping[str, Any] = schema.get("properties") or {}
-    if not properties and "title" not in schema:
-        return None  # what the server gives to a deployment that was made without a schema
-    return {
-        name: next((str(said[word]) for word in _TYPE_WORDS if word in said), None)
-        for name, said in properties.items()
-    }
-
-
-_TYPE_WORDS = ("type", "$ref", "anyOf", "allOf", "oneOf", "enum", "const")
 
 
 def is_refusal(exc: Exception) -> bool:

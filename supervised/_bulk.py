@@ -14,6 +14,7 @@ from uuid import UUID
 
 import anyio
 import attrs
+from anyio.lowlevel import checkpoint
 from prefect.client.schemas.actions import DeploymentFlowRunCreate
 from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterId
 from prefect.client.schemas.objects import TaskRun
@@ -130,7 +131,6 @@ class BulkCreation:
         """
         if len(requests) < _FEW or not self._is_offered:
             return {}
-        requests = [each for each in requests if each.is_wanted() and _is_sendable(each)]
         found: dict[str, FlowRun] = {}
         missing: Sequence[RunRequest] | None = None
         for pause in _PAUSES:
@@ -140,7 +140,7 @@ class BulkCreation:
             # hundred 1.2 s later: it is the server's CPU. On SQLite they were lost.
             async with self._turn:
                 if missing is None:
-                    missing = await self._tracked(deployment, requests)
+                    missing = await self._tracked(deployment, await _sendable(deployment, requests))
                 if len(missing) < _FEW or not self._is_offered:
                     break
                 missing = [request for request in missing if request.begin()]
@@ -238,6 +238,17 @@ class BulkCreation:
 _BULK_ROUTE: Any = "/deployments/{id}/create_flow_run/bulk"  # not in the client's Literal of routes
 
 
+async def _sendable(deployment: Deployment, requests: Iterable[RunRequest]) -> list[RunRequest]:
+    """Return those that are wanted and can be sent, and mark whose parameters fit."""
+    found = []
+    for request in requests:
+        if request.is_wanted() and _is_sendable(request):
+            fits = deployment.schema is not None and deployment.schema.fits(request.parameters)
+            found.append(attrs.evolve(request, is_checked=fits))
+        await checkpoint()  # a schema may take milliseconds for each
+    return found
+
+
 def _is_sendable(request: RunRequest) -> bool:
     """Whether the parameters are JSON; otherwise one would fail all that are sent with it."""
     try:
@@ -259,6 +270,8 @@ def create_body(request: RunRequest) -> dict[str, Any]:
         job_variables=dict(request.job_variables) if request.job_variables else None,
         labels=dict(request.labels),
     )
+    if request.is_checked:
+        body.enforce_parameter_schema = False
     if request.work_queue_name:
         body.work_queue_name = request.work_queue_name
     return body.model_dump(mode="json", exclude_unset=True)

@@ -593,10 +593,11 @@ async def _create_deployed(
         )
     if child.span is not None:
         child.span.rename(deployment.name.split("/")[0], deployment.name)
-    if unknown := _unknown_parameters(deployment, spec.parameters):
+    schema = deployment.schema
+    if schema is not None and (unknown := schema.unknown(spec.parameters)):
         raise ParametersError(
             f"Deployment {deployment.name!r} takes no parameter {', '.join(map(repr, unknown))}. "
-            f"It takes: {', '.join(deployment.parameters or ()) or 'none'}."
+            f"It takes: {', '.join(schema.names) or 'none'}."
         )
     request = _request(child, spec, deployment)
     begin = functools.partial(child.begin_request, attempt)
@@ -615,14 +616,6 @@ async def _create_inline(
     begin = functools.partial(child.begin_request, attempt)
     request = attrs.evolve(_request(child, spec), parameters=parameters, begin=begin)
     return await api.create_inline_run(flow, request)
-
-
-def _unknown_parameters(deployment: Deployment, given: Mapping[str, Any]) -> list[str]:
-    """Return the names that the flow cannot take; none if it may take any (`**kwargs`)."""
-    takes = deployment.parameters
-    if takes is None or None in takes.values():
-        return []
-    return sorted(set(given) - set(takes))
 
 
 async def _wait_for_its_time(child: Child[Any], spec: LaunchSpec) -> None:

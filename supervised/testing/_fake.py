@@ -127,7 +127,7 @@ class FakePrefect:
             returns: What it returns then.
             runner: Who serves it; each name is a runner of its own.
         """
-        made = self.server.deploy(name, None)
+        made = self.server.deploy(name)
         if runner not in self.runners:
             self.runners[runner] = self._new_runner(runner)
         flow = flow or _sleeper(name, takes, fails=fails, returns=returns)

@@ -87,11 +87,9 @@ class Server:
         """Return the id of a flow, which is known by its name."""
         return self.flow_ids.setdefault(name, self.new_id())
 
-    def deploy(self, name: str, parameters: Mapping[str, str | None] | None) -> Deployment:
-        """Add a deployment, *flow/deployment*."""
-        made = Deployment(
-            id=self.new_id(), name=name, version=None, paused=False, parameters=parameters
-        )
+    def deploy(self, name: str) -> Deployment:
+        """Add a deployment, *flow/deployment*, that takes any parameters."""
+        made = Deployment(id=self.new_id(), name=name, version=None, paused=False)
         self.deployments[made.id] = made
         return made
 

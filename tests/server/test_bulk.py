@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from uuid import uuid4
 
@@ -219,4 +220,35 @@ def test_one_that_is_refused_does_not_take_its_neighbours_along(world, deploymen
     )
     assert isinstance(results[wrong], ParametersError)
     others = {run.id for part, run in enumerate(results) if part != wrong}
+    assert others == set(children_of(world, parent))
+
+
+def test_what_fits_is_not_checked_again_and_a_template_is_the_servers_to_fill_in(
+    world, deployment, monkeypatch
+):
+    send, sent = httpx.AsyncClient.send, {}
+
+    async def noted(self, request, *args, **options):
+        if request.url.path.endswith("/create_flow_run/bulk"):
+            sent.update((body["name"], body) for body in json.loads(request.content))
+        return await send(self, request, *args, **options)
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", noted)
+    template = {"__prefect_kind": "json", "value": "70"}
+    _, runs = create(
+        world, deployment, parameters=lambda part: {"part": template if part == 7 else part}
+    )
+    assert [run.parameters["part"] for run in runs] == [*range(7), 70, *range(8, MANY)]
+    checked = [name for name, body in sent.items() if body.get("enforce_parameter_schema", True)]
+    assert checked == ["part-7"]
+
+
+def test_a_template_that_does_not_fit_once_it_is_filled_in_is_refused_alone(world, deployment):
+    template = {"__prefect_kind": "json", "value": '"many"'}
+    parent, results = create(
+        world, deployment, parameters=lambda part: {"part": template if part == 7 else part}
+    )
+    assert isinstance(results[7], ParametersError)
+    assert "'many' is not valid" in str(results[7])  # what a template has become
+    others = {run.id for part, run in enumerate(results) if part != 7}
     assert others == set(children_of(world, parent))
