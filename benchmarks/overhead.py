@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import timeit
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from meter import in_a_process_of_its_own, metered
 from opentelemetry import trace
@@ -28,10 +33,11 @@ from stage import only_server, parser
 from supervised import supervised_flow, supervisor
 from supervised._telemetry import ChildSpan, SupervisorSpan
 
-IMPORT = "import time, sys; t = time.perf_counter(); {0}; print(time.perf_counter() - t)"
-IMPORTS = ("from prefect import flow", "from prefect import flow; import supervised")
-
-
+IMPORT = "from time import perf_counter as now; t = [now()]; {}; print([at - t[0] for at in t])"
+IMPORTS = {  # as one imports a package, and as one imports what a flow is made with
+    "import prefect": "import supervised",
+    "from prefect import flow": "from supervised import supervised_flow",
+}
 SPANS = 2_000
 
 
@@ -43,9 +49,7 @@ def main() -> int:
         for name, each in seconds.items():
             row = {"figure": "span", "sdk": has_sdk, "contender": name, "seconds": each}
             rows.append({"database": None, **row})
-    for name in IMPORTS * 15:
-        row = {"figure": "import", "contender": name, "seconds": import_seconds(name)}
-        rows.append({"database": None, **row})
+    rows += [{"database": None, "figure": "import", **row} for row in imports(15)]
     for database in options.databases:
         with only_server(database):
             for _ in range(3):  # the first ones open connections
@@ -65,11 +69,32 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
-def import_seconds(statement: str) -> float:
-    """Import in a process of its own."""
-    code = IMPORT.format(statement)
+def imports(repetitions: int) -> Iterator[dict[str, Any]]:
+    """Yield how long Prefect takes to import by itself, and then with ours."""
+    with bytecode():
+        for number in range(repetitions + 1):
+            for prefect, ours in IMPORTS.items():
+                (alone,), both = import_seconds(prefect), import_seconds(prefect, ours)
+                if number:  # the first ones compile
+                    yield {"contender": prefect, "seconds": alone}
+                    name = f"{prefect}; {ours}"
+                    yield {"contender": name, "seconds": both[1], "ours": both[1] - both[0]}
+
+
+@contextlib.contextmanager
+def bytecode() -> Iterator[None]:
+    """Have processes keep what they compile, as an installed package is."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        yield
+
+
+def import_seconds(*statements: str) -> list[float]:
+    """Return the seconds after each statement, in a process of its own."""
+    code = IMPORT.format("; ".join(f"{each}; t.append(now())" for each in statements))
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return float(done.stdout)
+    return list(json.loads(done.stdout))[1:]
 
 
 def spans(has_sdk: bool) -> dict[str, float]:

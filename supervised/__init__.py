@@ -32,38 +32,39 @@ from __future__ import annotations
 
 import typing as _typing
 
-from supervised._context import cancelled
-from supervised._errors import (
-    ChildCancelled,
-    ChildCrashed,
-    ChildError,
-    ChildFailed,
-    ChildTimedOut,
-    DeploymentNotFoundError,
-    DeploymentPausedError,
-    DuplicateKeyError,
-    InvalidTargetError,
-    NoApiError,
-    NoSupervisorError,
-    ParametersError,
-    RunNotFoundError,
-    ScopeClosedError,
-    ScopeTimeoutError,
-    ServerUnreachableError,
-    SpawnError,
-    SupervisedError,
-    TeardownError,
-)
-from supervised._flow import SupervisedFlow, supervised_flow
-from supervised._proxy import supervisor
-from supervised._types import CancelReason, Receipt, TeardownReport
-
 if _typing.TYPE_CHECKING:
     from supervised._child import Child
+    from supervised._context import cancelled
+    from supervised._errors import (
+        ChildCancelled,
+        ChildCrashed,
+        ChildError,
+        ChildFailed,
+        ChildTimedOut,
+        DeploymentNotFoundError,
+        DeploymentPausedError,
+        DuplicateKeyError,
+        InvalidTargetError,
+        NoApiError,
+        NoSupervisorError,
+        ParametersError,
+        RunNotFoundError,
+        ScopeClosedError,
+        ScopeTimeoutError,
+        ServerUnreachableError,
+        SpawnError,
+        SupervisedError,
+        TeardownError,
+    )
     from supervised._finalizers import Finalizer
+    from supervised._flow import SupervisedFlow, supervised_flow
     from supervised._join import AsCompleted, Children, Join
+    from supervised._proxy import supervisor
     from supervised._restart import Restart
     from supervised._supervisor import Supervisor
+    from supervised._types import CancelReason, Receipt, TeardownReport
+
+    __version__: str
 
 __all__ = [
     "AsCompleted",
@@ -102,25 +103,39 @@ __all__ = [
 ]
 
 
-# What only a run needs, and the annotations of those who write flows.
-_LAZY = {
+# Like Prefect's own names, each is imported when it is first asked for: `import supervised` costs
+# nothing, and who writes a flow pays for the decorator alone. All others are exceptions.
+_MODULES = {
     "AsCompleted": "_join",
+    "CancelReason": "_types",
     "Child": "_child",
     "Children": "_join",
     "Finalizer": "_finalizers",
     "Join": "_join",
+    "Receipt": "_types",
     "Restart": "_restart",
+    "SupervisedFlow": "_flow",
     "Supervisor": "_supervisor",
+    "TeardownReport": "_types",
+    "cancelled": "_context",
+    "supervised_flow": "_flow",
+    "supervisor": "_proxy",
 }
 
 
-def __getattr__(name: str) -> _typing.Any:
-    if name == "__version__":
-        from importlib.metadata import version
+if not _typing.TYPE_CHECKING:  # or a type checker would believe every name
 
-        return version("prefect-supervised")
-    if name in _LAZY:
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("prefect-supervised")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        return getattr(import_module(f"supervised.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(f"supervised.{_MODULES.get(name, '_errors')}")
+        return globals().setdefault(name, getattr(module, name))
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

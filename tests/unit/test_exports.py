@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
 import importlib.metadata
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from datetime import datetime, timezone
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -52,7 +57,25 @@ def test_everything_public_in_the_facade_is_exported():
         for name, value in vars(supervised).items()
         if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"
     }
-    assert set(supervised.__all__) == public | set(supervised._LAZY)
+    assert public <= set(supervised.__all__)
+    assert set(supervised.__all__) <= set(dir(supervised))
+
+
+def test_a_type_checker_sees_every_export_where_it_really_comes_from():
+    tree = ast.parse(Path(supervised.__file__).read_text())
+    (block,) = [each for each in tree.body if isinstance(each, ast.If) and not each.orelse][:1]
+    imports = [each for each in block.body if isinstance(each, ast.ImportFrom)]
+    seen = {alias.name: each.module for each in imports for alias in each.names}
+    assert sorted(seen) == supervised.__all__
+    for name, module in seen.items():
+        assert getattr(importlib.import_module(module), name) is getattr(supervised, name)
+
+
+def test_importing_the_package_imports_nothing_else_of_it_and_nothing_of_prefect():
+    ours = "[name for name in sys.modules if name.startswith(('supervised', 'prefect'))]"
+    code = f"import sys, supervised; print({ours})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "['supervised']"
 
 
 def test_a_star_import_brings_the_exports_and_nothing_else():
