@@ -271,7 +271,9 @@ class PrefectOrchestrator:
         # Concurrent writers collide on SQLite and wait for each other's locks: four launches
         # took 2 to 6 s side by side, and 0.4 s one after another.
         self._one_write = anyio.CapacityLimiter(1)
-        self._bulk_creation = BulkCreation(client, self._one_write, self.read_runs, _tracking_task)
+        self._bulk_creation = BulkCreation(
+            client, self._one_write, self.read_runs, self._read_schema, _tracking_task
+        )
         self._creations = Batches(self._create_in_bulk, limit=BULK_CREATION_LIMIT)
         self._one_alone = anyio.Lock()
         self._one_inline = anyio.Lock()
@@ -302,7 +304,7 @@ class PrefectOrchestrator:
             if deployment is None or until < monotonic():
                 deployment = await self._find(target)
                 until = monotonic() + _DEPLOYMENT_SECONDS
-                self._deployments[target] = (until, deployment)
+                self._deployments[target] = self._deployments[deployment.id] = (until, deployment)
             return deployment
 
     async def _find(self, target: str | UUID) -> Deployment:
@@ -350,6 +352,16 @@ class PrefectOrchestrator:
     ) -> list[FlowRun | None]:
         found = await self._bulk_creation.create(items[0][0], [request for _, request in items])
         return [found.get(request.idempotency_key) for _, request in items]
+
+    async def _read_schema(self, deployment: Deployment) -> ParameterSchema | None:
+        """Return a deployment's schema; thousands of launches take longer than it may be known."""
+        if deployment.schema is None:
+            return None
+        try:
+            found = await self.read_deployment(deployment.id)
+        except (PrefectHTTPStatusError, DeploymentNotFoundError):
+            return None
+        return found.schema if found else None
 
     async def _create_alone(self, deployment: Deployment, request: RunRequest) -> FlowRun | None:
         """Create what was not created in bulk: one after the other, the first come first."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from prefect.tasks import Task
 
     from supervised._api import Deployment, RunRequest
+    from supervised._schema import ParameterSchema
 
 logger = get_logger("prefect.supervised.launch")
 
@@ -47,6 +48,7 @@ _RECORDED_SECONDS_EACH = 0.05  # a busy server needs 20 ms
 _LOOK_SECONDS = 0.03  # each takes a server that is busy recording 20 ms
 _MOST_LOOK_SECONDS = 1.0
 _RECOVERY_SECONDS = 60.0  # for a server that does not record events, or is far behind
+_CHECK_SECONDS = 0.1  # for a batch; half a millisecond each, if it is models that are checked
 _MISSING = {403, 404, 405, 501}
 
 
@@ -108,12 +110,14 @@ class BulkCreation:
         client: The client.
         one_write: What lets one write through at a time.
         read_runs: Reads runs by their ids.
+        read_schema: Returns what a deployment's parameters have to fit now, if that is known.
         tracking_task: Returns the task whose run links a child of a deployment to its parent.
     """
 
     _client: PrefectClient
     _one_write: anyio.CapacityLimiter
     _read_runs: Callable[[Iterable[UUID]], Awaitable[list[FlowRun]]]
+    _read_schema: Callable[[Deployment], Awaitable[ParameterSchema | None]]
     _tracking_task: Callable[[Deployment], Task[..., Any]]
     _turn: anyio.Lock = attrs.field(factory=anyio.Lock, init=False)
     _is_offered: bool = True
@@ -140,7 +144,9 @@ class BulkCreation:
             # hundred 1.2 s later: it is the server's CPU. On SQLite they were lost.
             async with self._turn:
                 if missing is None:
-                    missing = await self._tracked(deployment, await _sendable(deployment, requests))
+                    missing = await self._tracked(
+                        deployment, await self._sendable(deployment, requests)
+                    )
                 if len(missing) < _FEW or not self._is_offered:
                     break
                 missing = [request for request in missing if request.begin()]
@@ -157,6 +163,21 @@ class BulkCreation:
             missing = [request for request in missing if request.idempotency_key not in found]
             if len(missing) < _FEW:
                 break  # or who has a run would wait for a pause and the whole of the next batch
+        return found
+
+    async def _sendable(
+        self, deployment: Deployment, requests: Iterable[RunRequest]
+    ) -> list[RunRequest]:
+        """Return those that are wanted and can be sent; mark whose parameters are known to fit."""
+        found = [each for each in requests if each.is_wanted() and _is_sendable(each)]
+        schema = await self._read_schema(deployment) if found else None
+        if schema is None:
+            return found
+        until = _clock.monotonic() + _CHECK_SECONDS
+        for at, request in enumerate(found):
+            if _clock.monotonic() < until and schema.fits(request.parameters):
+                found[at] = attrs.evolve(request, is_checked=True)
+            await checkpoint()
         return found
 
     async def _tracked(
@@ -236,17 +257,6 @@ class BulkCreation:
 
 
 _BULK_ROUTE: Any = "/deployments/{id}/create_flow_run/bulk"  # not in the client's Literal of routes
-
-
-async def _sendable(deployment: Deployment, requests: Iterable[RunRequest]) -> list[RunRequest]:
-    """Return those that are wanted and can be sent, and mark whose parameters fit."""
-    found = []
-    for request in requests:
-        if request.is_wanted() and _is_sendable(request):
-            fits = deployment.schema is not None and deployment.schema.fits(request.parameters)
-            found.append(attrs.evolve(request, is_checked=fits))
-        await checkpoint()  # a schema may take milliseconds for each
-    return found
 
 
 def _is_sendable(request: RunRequest) -> bool:

@@ -1,16 +1,17 @@
 """What the parameters of a deployment have to fit, found out here where that is certain.
 
-The server checks the deployment's schema before each run's parameters, a hundred times for a
-hundred runs: 0.6 ms for a flow with one parameter, 6 ms for one with ten, models among them
-(server/api/deployments.py, `bulk_create_flow_runs_from_deployment`; jsonschema's `validate`).
-Parameters alone take 0.005 and 0.25 ms. So it is told not to look at what fits for certain; of
-anything else it is the judge, and gives its reasons.
+Before each run of a bulk creation the server checks the deployment's schema, and then the run's
+parameters against it (server/api/deployments.py, `bulk_create_flow_runs_from_deployment`;
+jsonschema's `validate`): for a flow with ten parameters, models among them, the parameters take a
+twentieth of that. So the schema is checked once here, and the server is told not to look at what
+fits it for certain. Of anything else it is the judge, and gives its reasons.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,9 +21,29 @@ from referencing import Registry
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
-_MOST_CHARACTERS = 4_096  # 5 ms of the loop's time, in the worst case
+_MOST_CHARACTERS = 4_096  # of parameters, and
+_MOST_PARTS = 1_000  # of a schema that is followed into what it refers to: the loop has other work
 _TEMPLATE = "__prefect_kind"  # a value that the server fills in (utilities/schema_tools/hydration)
 _TYPE_WORDS = ("type", "$ref", "anyOf", "allOf", "oneOf", "enum", "const")
+_DEFINITIONS = "#/definitions/"
+_SAY_NOTHING = {"title", "description", "default", "examples", "deprecated", "position"}
+_SAY_NOTHING |= {
+    "format",
+    "readOnly",
+    "writeOnly",
+}  # the server has formats checked no more than we
+_OF_VALUES = {"type", "enum", "const", "required", "multipleOf"}
+_LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_SIZES = {f"{end}{of}" for end in ("min", "max") for of in ("Length", "Items", "Properties")}
+_OF_PARTS = {"properties", "items", "prefixItems", "additionalProperties", "anyOf", "allOf", "$ref"}
+_PLAIN = _SAY_NOTHING | _OF_VALUES | _LIMITS | _SIZES | _OF_PARTS | {"definitions"}
+"""What a schema may say for us to tell.
+
+Prefect prepares a schema before it checks (utilities/schema_tools/validation.py,
+`preprocess_schema`): it lets some parts be null, and a block be referred to. Under these words a
+part that is let more makes the whole accept more; under `oneOf` or `not`, less. And none of them
+can take long, as `pattern` and `uniqueItems` can.
+"""
 
 
 @attrs.frozen
@@ -39,8 +60,14 @@ class ParameterSchema:
     _validator: Any = attrs.field(init=False, repr=False, eq=False)
 
     @_validator.default
-    def _make_validator(self) -> object:
-        # Without a registry of its own, a validator asks the network for what `$ref` names.
+    def _make_validator(self) -> object | None:
+        try:
+            if not _is_plain(self._schema):
+                return None
+            Draft202012Validator.check_schema(self._schema)
+        except Exception:  # it is no schema
+            return None
+        # Without a registry of its own it would ask the network for what is not here.
         return Draft202012Validator(self._schema, registry=Registry())
 
     @property
@@ -50,31 +77,29 @@ class ParameterSchema:
 
     @property
     def _properties(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self._schema.get("properties") or {}
-        return found
+        found = self._schema.get("properties")
+        return found if isinstance(found, Mapping) else {}
 
     def unknown(self, given: Mapping[str, Any]) -> list[str]:
         """Return the names that the flow cannot take; none if it may take any (`**kwargs`)."""
-        if any(_may_be_anything(said) for said in self._properties.values()):
+        if _may_take_any(self._properties):
             return []
         return sorted(set(given) - set(self._properties))
 
     def fits(self, given: Mapping[str, Any]) -> bool:
-        """Whether the server would accept the parameters, for certain.
-
-        It accepts more: Prefect's own validator fills templates in, allows `None` where pydantic 1
-        did, and lets a block be referred to.
+        """Whether a server of this version would accept the parameters, for certain.
 
         Args:
             given: The parameters of a run, as JSON.
         """
+        if self._validator is None:
+            return False
         whole = {**self._defaults, **given}
         try:
             text = json.dumps(whole)
-            if len(text) > _MOST_CHARACTERS or _TEMPLATE in text:
-                return False
-            return bool(self._validator.is_valid(whole))
-        except Exception:  # no JSON, no schema, a reference to elsewhere, or one to itself
+            is_certain = len(text) <= _MOST_CHARACTERS and _TEMPLATE not in text
+            return is_certain and bool(self._validator.is_valid(whole))
+        except Exception:  # no JSON, or too deep
             return False
 
 
@@ -88,8 +113,40 @@ def parameter_schema(found: DeploymentResponse) -> ParameterSchema | None:
     return ParameterSchema(schema, found.parameters or {})
 
 
-def _may_be_anything(said: object) -> bool:
-    """Whether it may be `**kwargs`: of no type up to Prefect 3.8, of any names from 3.9 on."""
-    if not isinstance(said, Mapping) or not any(word in said for word in _TYPE_WORDS):
+def _is_plain(schema: Mapping[str, Any]) -> bool:
+    parts = list(itertools.islice(_unfolded(schema), _MOST_PARTS + 1))
+    is_short = len(parts) <= _MOST_PARTS
+    return is_short and all(part is True or _PLAIN.issuperset(part) for part in parts)
+
+
+def _unfolded(schema: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield all that a schema is made of, each reference followed: forever if one leads back."""
+    definitions = schema.get("definitions") or {}
+    pending: list[Any] = [schema]
+    while pending:
+        part = pending.pop()
+        yield part
+        if isinstance(part, Mapping):
+            pending += part.get("properties", {}).values()
+            for word in ("prefixItems", "anyOf", "allOf"):
+                pending += part.get(word, ())
+            pending += [part[word] for word in ("items", "additionalProperties") if word in part]
+            if "$ref" in part:
+                pending.append(definitions[part["$ref"].removeprefix(_DEFINITIONS)])
+
+
+def _may_take_any(properties: Mapping[str, Any]) -> bool:
+    """Whether the last may be `**kwargs`: of no type up to Prefect 3.8, of any names from 3.9 on.
+
+    The latter is what a last parameter with the default `{}` looks like, too.
+    """
+    if not all(isinstance(said, Mapping) and _has_type(said) for said in properties.values()):
         return True
-    return said.get("type") == "object" and said.get("default") == {}
+    if not properties:
+        return False
+    last = max(properties.values(), key=lambda said: said.get("position", -1))
+    return bool(last.get("type") == "object" and last.get("default") == {})
+
+
+def _has_type(said: Mapping[str, Any]) -> bool:
+    return any(word in said for word in _TYPE_WORDS)

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from uuid import uuid4
 
 import anyio
+import httpx
 import pytest
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from supervised import _api
 from supervised._api import Deployment, PrefectOrchestrator, RunRequest
@@ -29,10 +31,12 @@ class Client:
         self.runs = {}
         self.alone = 0
         self.sizes = []  # of the requests in bulk
+        self.checked = []  # whether the server was to check the parameters of each
 
     async def request(self, method, path, *, json, path_params):
         assert path.endswith("/create_flow_run/bulk")
         self.sizes.append(len(json))
+        self.checked += [body.get("enforce_parameter_schema", True) for body in json]
         results = [{"flow_run_id": self._made(body), "error": None} for body in json]
         return SimpleNamespace(json=lambda: {"results": results})
 
@@ -156,6 +160,80 @@ def test_a_deployment_that_many_ask_for_is_looked_up_once_in_ten_seconds(target,
         assert client.lookups == [target] * 2
 
     asyncio.run(act())
+
+
+NUMBER = {"title": "Parameters", "properties": {"value": {"type": "integer"}}}
+
+
+class Enforcing(Catalogue):
+    """Has a deployment whose parameters have to fit a schema, which may change, or be gone."""
+
+    def __init__(self, schema=NUMBER):
+        super().__init__()
+        self.become(schema)
+        self.error = None
+
+    def become(self, schema):
+        self._found.enforce_parameter_schema = True
+        self._found.parameter_openapi_schema = schema
+        self._found.parameters = {}
+
+    async def read_deployment(self, target):
+        if self.error:
+            raise self.error
+        return await super().read_deployment(target)
+
+
+def create_later(client, values, change, monkeypatch):
+    """Look the deployment up, change it, and create runs when that is no longer known."""
+
+    async def act():
+        api = PrefectOrchestrator(client, RequestBudget())
+        deployment = await api.read_deployment("score/gpu")
+        change()
+        later = _api.monotonic() + 10.1
+        monkeypatch.setattr(_api, "monotonic", lambda: later)
+        requests = [requested(number, value) for number, value in enumerate(values)]
+        return await asyncio.gather(
+            *(api.create_deployment_run(deployment, request) for request in requests)
+        )
+
+    return asyncio.run(act())
+
+
+def test_the_server_checks_what_is_not_known_to_fit_and_nothing_else(monkeypatch):
+    client = Enforcing()
+    assert None not in create_later(client, [*range(MANY), "many"], lambda: None, monkeypatch)
+    assert client.checked == [*[False] * MANY, True]
+
+
+def test_what_fits_a_schema_that_is_no_longer_the_deployments_is_checked(monkeypatch):
+    client = Enforcing()
+    required = {**NUMBER, "required": ["another"]}
+    create_later(client, range(MANY), lambda: client.become(required), monkeypatch)
+    assert client.checked == [True] * MANY
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_if_a_deployment_cannot_be_read_again_the_server_checks_the_parameters(status, monkeypatch):
+    client = Enforcing()
+
+    def fail():
+        request = httpx.Request("GET", "http://prefect.test")
+        response = httpx.Response(status, request=request)
+        error = httpx.HTTPStatusError("no", request=request, response=response)
+        failed = PrefectHTTPStatusError.from_httpx_error(error)
+        client.error = ObjectNotFound(failed) if status == 404 else failed
+
+    assert None not in create_later(client, range(MANY), fail, monkeypatch)
+    assert client.checked == [True] * MANY
+
+
+def test_if_checking_takes_too_long_the_server_does_the_rest(monkeypatch):
+    monkeypatch.setattr("supervised._bulk._CHECK_SECONDS", 0.0)
+    client = Enforcing()
+    create_later(client, range(MANY), lambda: None, monkeypatch)
+    assert client.checked == [True] * MANY
 
 
 class OneByOne(Client):
