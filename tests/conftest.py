@@ -12,6 +12,7 @@ from pathlib import Path
 # Before Prefect is imported: what a developer's shell says must not reach a test.
 for name in [name for name in os.environ if name.startswith(("PREFECT_", "OTEL_"))]:
     del os.environ[name]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the package
 _HOME = tempfile.TemporaryDirectory(prefix="supervised-home-", ignore_cleanup_errors=True)
 os.environ["PREFECT_HOME"] = _HOME.name
 os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"

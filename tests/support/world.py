@@ -25,16 +25,23 @@ T = TypeVar("T")
 FLOWS = Path(__file__).parents[1] / "flows"
 
 
+_PAUSE_SECONDS = 0.05
+
+
 def eventually(question: Callable[[], T], *, seconds: float, what: str) -> T:
-    """Ask until the answer is true, or fail saying what was waited for."""
+    """Ask until the answer is true, or fail saying what was waited for.
+
+    A third of the time at most: what is waited for needs the server, and the CPU.
+    """
     deadline = time.monotonic() + seconds
     while True:
+        asked = time.monotonic()
         answer = question()
         if answer:
             return answer
         if time.monotonic() > deadline:
             raise AssertionError(f"Not within {seconds:g} s: {what}; last answer: {answer!r}")
-        time.sleep(0.05)
+        time.sleep(max(_PAUSE_SECONDS, 2 * (time.monotonic() - asked)))
 
 
 class World:
