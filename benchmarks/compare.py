@@ -258,6 +258,16 @@ FIGURES = [
     ),
     *(
         Figure(
+            f"the same: time, {floor} / `gather(arun_deployment)`",
+            "launch",
+            values("seconds", contender=floor),
+            values("seconds", contender="plain Prefect"),
+            "",
+        )
+        for floor in ("floor", "floor, 2 at a time")
+    ),
+    *(
+        Figure(
             f"a flow without spawn, supervised / plain: {what}",
             "overhead",
             values(what, figure="no spawn", contender="supervised"),
