@@ -21,6 +21,7 @@ H = TypeVar("H", bound="Hashable")
 
 _AT_ONCE = 2  # while one answer is being read, the server has something to do
 _COLLECT_SECONDS = 0.01  # in which a loop that spawns has spawned dozens
+_MOST_SETTLE_SECONDS = 0.1
 _MOST_COLLECT_SECONDS = 0.5
 
 
@@ -76,7 +77,7 @@ class Batches(Generic[T, R]):
 
     async def _send_all(self) -> None:
         try:
-            await asyncio.sleep(_COLLECT_SECONDS)
+            await self._settle()
             while self._waiting:
                 async with anyio.create_task_group() as tasks:
                     await self._send_some(tasks)
@@ -103,6 +104,14 @@ class Batches(Generic[T, R]):
             await self._news.wait()
             if is_idle and self._waiting:
                 await self._collect()
+
+    async def _settle(self) -> None:
+        """Let more come, as long as they do, until the first request is full."""
+        known = 0
+        with anyio.move_on_after(_MOST_SETTLE_SECONDS):
+            while known < (come := len(next(iter(self._waiting.values())))) < self._limit:
+                known = come
+                await asyncio.sleep(_COLLECT_SECONDS)
 
     async def _collect(self) -> None:
         """Let more come, until an answer is there: what comes one by one is one request, too."""

@@ -245,6 +245,35 @@ def test_what_comes_one_by_one_while_a_request_is_under_way_is_one_request_too()
     play(run())
 
 
+@pytest.mark.parametrize(
+    ("pauses", "sizes"),
+    [([0.006] * 15, [16]), ([0.006] * 30, [17, 14]), ([0.02], [1, 1])],
+    ids=["a burst", "what does not end", "one by one"],
+)
+def test_the_first_request_waits_while_more_come_but_not_for_long(pauses, sizes):
+    async def run():
+        server = Server()
+        batches = Batches(server.send, limit=100)
+        answers = submitted(batches, [0])
+        for item, pause in enumerate(pauses, 1):
+            await asyncio.sleep(pause)
+            answers += submitted(batches, [item])
+        await asyncio.gather(*answers)
+        assert [len(items) for items in server.requests] == sizes
+
+    play(run())
+
+
+def test_a_request_that_is_full_waits_for_nothing():
+    async def run():
+        server, loop = Server(), asyncio.get_running_loop()
+        began = loop.time()
+        await asyncio.gather(*submitted(Batches(server.send, limit=3), range(3)))
+        assert loop.time() == began
+
+    play(run())
+
+
 class Incomparable:
     """As a parameter may be, such as an array."""
 
