@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -21,8 +22,8 @@ H = TypeVar("H", bound="Hashable")
 
 _AT_ONCE = 2  # while one answer is being read, the server has something to do
 _COLLECT_SECONDS = 0.01  # in which a loop that spawns has spawned dozens
-_MOST_SETTLE_SECONDS = 0.1
-_MOST_COLLECT_SECONDS = 0.5
+_MOST_COLLECT_SECONDS = 0.1
+_PATIENT_SECONDS = 0.5  # while a request is under way, which takes that long
 
 
 class Batches(Generic[T, R]):
@@ -77,7 +78,7 @@ class Batches(Generic[T, R]):
 
     async def _send_all(self) -> None:
         try:
-            await self._settle()
+            await self._collect()
             while self._waiting:
                 async with anyio.create_task_group() as tasks:
                     await self._send_some(tasks)
@@ -105,19 +106,26 @@ class Batches(Generic[T, R]):
             if is_idle and self._waiting:
                 await self._collect()
 
-    async def _settle(self) -> None:
-        """Let more come, as long as they do, until the first request is full."""
-        known = 0
-        with anyio.move_on_after(_MOST_SETTLE_SECONDS):
-            while known < (come := len(next(iter(self._waiting.values())))) < self._limit:
-                known = come
-                await asyncio.sleep(_COLLECT_SECONDS)
-
     async def _collect(self) -> None:
-        """Let more come, until an answer is there: what comes one by one is one request, too."""
+        """Let more come as long as they do, until a request is full or an answer is there.
+
+        What comes one by one while a request is under way is one request, too.
+        """
+        pause, most = _COLLECT_SECONDS, _MOST_COLLECT_SECONDS
+        if self._under_way:
+            pause, most = _PATIENT_SECONDS, math.inf
         self._answered.clear()
-        with anyio.move_on_after(_MOST_COLLECT_SECONDS if self._under_way else _COLLECT_SECONDS):
-            await self._answered.wait()
+        known = 0
+        with anyio.move_on_after(most):
+            while known < (come := self._next_size()) and not self._answered.is_set():
+                known = come
+                with anyio.move_on_after(pause):
+                    await self._answered.wait()
+
+    def _next_size(self) -> int:
+        """Return how many wait of the kind that came first; none if a request is full of them."""
+        count = len(next(iter(self._waiting.values())))
+        return count if count < self._limit else 0
 
     async def _send_batch(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
         try:
@@ -203,7 +211,7 @@ class Groups(Generic[H]):
     async def _collect(self) -> None:
         seconds = _COLLECT_SECONDS * (1 + self._under_way)
         try:
-            await asyncio.sleep(min(seconds, _MOST_COLLECT_SECONDS))
+            await asyncio.sleep(min(seconds, _PATIENT_SECONDS))
         finally:
             self._next = _Group()
 

@@ -274,6 +274,25 @@ def test_a_request_that_is_full_waits_for_nothing():
     play(run())
 
 
+def test_while_a_request_is_under_way_the_next_one_waits_until_it_is_full_or_nothing_more_comes():
+    async def run():
+        server = Server()
+        batches, answers = Batches(server.send, limit=5), []
+        server.may_answer.clear()
+        answers += submitted(batches, [0])
+        await server.under_way.wait()
+        for item in range(1, 4):
+            answers += submitted(batches, [item])
+            await asyncio.sleep(0.4)
+        assert server.requests == [[0]]
+        await asyncio.sleep(0.7)
+        assert server.requests == [[0], [1, 2, 3]]
+        server.may_answer.set()
+        await asyncio.gather(*answers)
+
+    play(run())
+
+
 class Incomparable:
     """As a parameter may be, such as an array."""
 
