@@ -78,7 +78,6 @@ class Batches(Generic[T, R]):
 
     async def _send_all(self) -> None:
         try:
-            await self._collect()
             while self._waiting:
                 async with anyio.create_task_group() as tasks:
                     await self._send_some(tasks)
@@ -97,14 +96,12 @@ class Batches(Generic[T, R]):
         """Send what waits, and what comes until the last answer is there."""
         while self._waiting or self._under_way:
             if self._waiting and len(self._under_way) < _AT_ONCE:
+                await self._collect()
                 self._under_way.append(batch := self._next_batch())
                 tasks.start_soon(self._send_batch, batch)
                 continue
-            is_idle = not self._waiting
             self._news.clear()
             await self._news.wait()
-            if is_idle and self._waiting:
-                await self._collect()
 
     async def _collect(self) -> None:
         """Let more come as long as they do, until a request is full or an answer is there.
