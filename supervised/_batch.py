@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -47,10 +46,10 @@ class Batches(Generic[T, R]):
     ) -> None:
         self._send = send
         self._limit = limit
-        self._waiting: dict[Hashable, deque[tuple[T, asyncio.Future[R]]]] = {}
-        self._under_way: list[list[tuple[T, asyncio.Future[R]]]] = []
+        self._waiting: dict[Hashable, deque[_Entry[T, R]]] = {}
+        self._under_way: list[list[_Entry[T, R]]] = []
         self._news = asyncio.Event()  # something waits, or has been answered
-        self._answered = asyncio.Event()
+        self._enough = asyncio.Event()  # a request is full, or has been answered
         self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, kind: Hashable, item: T) -> R:
@@ -62,9 +61,13 @@ class Batches(Generic[T, R]):
         Raises:
             Exception: What the item, or the whole request, has led to.
         """
-        answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(kind, deque()).append((item, answer))
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[R] = loop.create_future()
+        queue = self._waiting.setdefault(kind, deque())
+        queue.append(_Entry(item, answer, loop.time()))
         self._news.set()
+        if len(queue) >= self._limit:
+            self._enough.set()
         if self._sender is None:
             self._sender = asyncio.create_task(self._send_all())
         return await answer
@@ -87,8 +90,8 @@ class Batches(Generic[T, R]):
     def _give_up(self) -> None:
         self._sender = None
         # Those under way, too: a task that is cancelled before its first step answers nobody.
-        for _, answer in itertools.chain(*self._waiting.values(), *self._under_way):
-            answer.cancel()
+        for entry in itertools.chain(*self._waiting.values(), *self._under_way):
+            entry.answer.cancel()
         self._waiting.clear()
         self._under_way.clear()
 
@@ -104,27 +107,23 @@ class Batches(Generic[T, R]):
             await self._news.wait()
 
     async def _collect(self) -> None:
-        """Let more come as long as they do, until a request is full or an answer is there.
+        """Let more come before the next request, until it is full or they have waited enough.
 
         What comes one by one while a request is under way is one request, too.
         """
-        pause, most = _COLLECT_SECONDS, _MOST_COLLECT_SECONDS
-        if self._under_way:
-            pause, most = _PATIENT_SECONDS, math.inf
-        self._answered.clear()
-        known = 0
-        with anyio.move_on_after(most):
-            while known < (come := self._next_size()) and not self._answered.is_set():
+        queue = next(iter(self._waiting.values()))  # of the kind that came first
+        if self._under_way and len(queue) < self._limit:
+            self._enough.clear()
+            waited = asyncio.get_running_loop().time() - queue[0].since
+            with anyio.move_on_after(_PATIENT_SECONDS - waited):
+                await self._enough.wait()
+        known = 0  # a loop that was busy has not yet let all of them come
+        with anyio.move_on_after(_MOST_COLLECT_SECONDS):
+            while known < (come := len(queue)) < self._limit:
                 known = come
-                with anyio.move_on_after(pause):
-                    await self._answered.wait()
+                await asyncio.sleep(_COLLECT_SECONDS)
 
-    def _next_size(self) -> int:
-        """Return how many wait of the kind that came first; none if a request is full of them."""
-        count = len(next(iter(self._waiting.values())))
-        return count if count < self._limit else 0
-
-    async def _send_batch(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
+    async def _send_batch(self, batch: list[_Entry[T, R]]) -> None:
         try:
             if batch:
                 await self._answer(batch)
@@ -132,26 +131,26 @@ class Batches(Generic[T, R]):
             # Not by `remove`: the items may be parameters that cannot be compared.
             self._under_way = [each for each in self._under_way if each is not batch]
             self._news.set()
-            self._answered.set()
+            self._enough.set()
 
-    def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
+    def _next_batch(self) -> list[_Entry[T, R]]:
         """Take what waits of the kind that came first, as much as one request may carry."""
         kind, queue = next(iter(self._waiting.items()))
-        batch: list[tuple[T, asyncio.Future[R]]] = []
+        batch: list[_Entry[T, R]] = []
         while queue and len(batch) < self._limit:
-            item, answer = queue.popleft()
-            if not answer.done():
-                batch.append((item, answer))
+            entry = queue.popleft()
+            if not entry.answer.done():
+                batch.append(entry)
         del self._waiting[kind]
         if queue:
             self._waiting[kind] = queue  # the other kinds have their turn first
         return batch
 
-    async def _answer(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
-        answers = [answer for _, answer in batch]
+    async def _answer(self, batch: list[_Entry[T, R]]) -> None:
+        answers = [entry.answer for entry in batch]
         pairs: Sequence[tuple[asyncio.Future[R], R | Exception]]
         try:
-            results = await self._send([item for item, _ in batch])
+            results = await self._send([entry.item for entry in batch])
             pairs = list(zip(answers, results, strict=True))
         except Exception as exc:
             pairs = [(answer, exc) for answer in answers]
@@ -166,6 +165,15 @@ class Batches(Generic[T, R]):
                 answer.set_exception(result)
             else:
                 answer.set_result(result)
+
+
+@attrs.frozen(eq=False)
+class _Entry(Generic[T, R]):
+    """An item, who waits for what it leads to, and since when."""
+
+    item: T
+    answer: asyncio.Future[R]
+    since: float
 
 
 class Groups(Generic[H]):

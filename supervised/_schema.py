@@ -9,6 +9,7 @@ fits it for certain. Of anything else it is the judge, and gives its reasons.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,8 @@ from referencing import Registry
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
-_MOST_CHARACTERS = 4_096  # of parameters, and
-_MOST_PARTS = 1_000  # of a schema that is followed into what it refers to: the loop has other work
+_MOST_PARTS = 1_000  # of a schema, with what it refers to: one may lead to itself
+_MOST_WORK = 50_000  # parts times characters of parameters: the loop has other work
 _TEMPLATE = "__prefect_kind"  # a value that the server fills in (utilities/schema_tools/hydration)
 _TYPE_WORDS = ("type", "$ref", "anyOf", "allOf", "oneOf", "enum", "const")
 _DEFINITIONS = "#/definitions/"
@@ -57,18 +58,6 @@ class ParameterSchema:
 
     _schema: Mapping[str, Any]
     _defaults: Mapping[str, Any]
-    _validator: Any = attrs.field(init=False, repr=False, eq=False)
-
-    @_validator.default
-    def _make_validator(self) -> object | None:
-        try:
-            if not _is_plain(self._schema):
-                return None
-            Draft202012Validator.check_schema(self._schema)
-        except Exception:  # it is no schema
-            return None
-        # Without a registry of its own it would ask the network for what is not here.
-        return Draft202012Validator(self._schema, registry=Registry())
 
     @property
     def names(self) -> list[str]:
@@ -92,15 +81,18 @@ class ParameterSchema:
         Args:
             given: The parameters of a run, as JSON.
         """
-        if self._validator is None:
-            return False
-        whole = {**self._defaults, **given}
         try:
-            text = json.dumps(whole)
-            is_certain = len(text) <= _MOST_CHARACTERS and _TEMPLATE not in text
-            return is_certain and bool(self._validator.is_valid(whole))
+            text = json.dumps({**self._defaults, **given}, allow_nan=False)
+            parts, validator = self._judged
+            if validator is None or parts * len(text) > _MOST_WORK or _TEMPLATE in text:
+                return False
+            return bool(validator.is_valid(json.loads(text)))
         except Exception:  # no JSON, or too deep
             return False
+
+    @functools.cached_property
+    def _judged(self) -> tuple[int, Any]:
+        return _judge(json.dumps(self._schema))
 
 
 def parameter_schema(found: DeploymentResponse) -> ParameterSchema | None:
@@ -113,10 +105,21 @@ def parameter_schema(found: DeploymentResponse) -> ParameterSchema | None:
     return ParameterSchema(schema, found.parameters or {})
 
 
-def _is_plain(schema: Mapping[str, Any]) -> bool:
-    parts = list(itertools.islice(_unfolded(schema), _MOST_PARTS + 1))
-    is_short = len(parts) <= _MOST_PARTS
-    return is_short and all(part is True or _PLAIN.issuperset(part) for part in parts)
+@functools.lru_cache(maxsize=64)  # each is looked up again every few seconds
+def _judge(schema: str) -> tuple[int, Any]:
+    """Return of how many parts a schema is, and what validates by it; `None` if we cannot tell."""
+    said = json.loads(schema)
+    try:
+        parts = list(itertools.islice(_unfolded(said), _MOST_PARTS + 1))
+        is_plain = all(part is True or _PLAIN.issuperset(part) for part in parts)
+        if not is_plain or len(parts) > _MOST_PARTS:
+            return 0, None
+        Draft202012Validator.check_schema(said)
+        values = sum(len(part.get("enum", ())) for part in parts if part is not True)
+    except Exception:  # it is no schema
+        return 0, None
+    # Without a registry of its own it would ask the network for what is not here.
+    return len(parts) + values, Draft202012Validator(said, registry=Registry())
 
 
 def _unfolded(schema: Mapping[str, Any]) -> Iterator[Any]:
@@ -144,8 +147,13 @@ def _may_take_any(properties: Mapping[str, Any]) -> bool:
         return True
     if not properties:
         return False
-    last = max(properties.values(), key=lambda said: said.get("position", -1))
+    last = max(properties.values(), key=_position)
     return bool(last.get("type") == "object" and last.get("default") == {})
+
+
+def _position(said: Mapping[str, Any]) -> int:
+    found = said.get("position")
+    return found if isinstance(found, int) else -1  # authors may have it be anything
 
 
 def _has_type(said: Mapping[str, Any]) -> bool:

@@ -274,23 +274,55 @@ def test_a_request_that_is_full_waits_for_nothing():
     play(run())
 
 
-def test_while_a_request_is_under_way_the_next_one_waits_until_it_is_full_or_nothing_more_comes():
-    async def run():
-        server = Server()
-        batches, answers = Batches(server.send, limit=5), []
-        server.may_answer.clear()
-        answers += submitted(batches, [0])
-        await server.under_way.wait()
-        for item in range(1, 4):
-            answers += submitted(batches, [item])
-            await asyncio.sleep(0.4)
-        assert server.requests == [[0]]
-        await asyncio.sleep(0.7)
-        assert server.requests == [[0], [1, 2, 3]]
-        server.may_answer.set()
-        await asyncio.gather(*answers)
+class Slow(Server):
+    """Takes its time for each request, and says when each came."""
 
-    play(run())
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+        self.times = []
+
+    async def send(self, items):
+        self.times.append(round(asyncio.get_running_loop().time() - self.began, 2))
+        answers = await super().send(items)
+        await asyncio.sleep(self.seconds)
+        return answers
+
+
+def timed(seconds, limit, *, arrivals):
+    """Submit items, each at a time and of a kind; return what was sent when."""
+
+    async def run():
+        server = Slow(seconds)
+        batches = Batches(server.send, limit=limit)
+        server.began = asyncio.get_running_loop().time()
+
+        async def arrive(at, kind):
+            await asyncio.sleep(at)
+            await batches.submit(kind, f"{kind}{at:g}")
+
+        await asyncio.gather(*(arrive(at, kind) for at, kind in arrivals))
+        return list(zip(server.times, server.requests, strict=True))
+
+    return play(run())
+
+
+def test_while_a_request_is_under_way_nobody_waits_for_others_for_more_than_half_a_second():
+    trickle = [(0.1 + 0.2 * number, "b") for number in range(10)]
+    sent = timed(60, 100, arrivals=[(0, "a"), *trickle])
+    assert sent[1] == (0.61, ["b0.1", "b0.3", "b0.5"])
+
+
+def test_a_request_that_becomes_full_is_sent_at_once_and_holds_up_no_other_kind():
+    arrivals = [(0, "a"), (0.1, "b"), (0.2, "c"), (0.2, "c"), (0.2, "c")]
+    sent = timed(0.3, 3, arrivals=arrivals)
+    assert sent == [(0.01, ["a0"]), (0.21, ["b0.1"]), (0.31, ["c0.2"] * 3)]
+
+
+def test_what_has_waited_for_a_turn_is_not_held_again():
+    kinds = [(0, kind) for kind in "abcdef"]
+    times = [time for time, _ in timed(0.7, 3, arrivals=kinds)]
+    assert times == pytest.approx([0.01, 0.51, 0.72, 1.22, 1.43, 1.93], abs=0.02)
 
 
 class Incomparable:

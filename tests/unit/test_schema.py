@@ -16,6 +16,7 @@ from prefect.utilities.schema_tools import validate
 from pydantic import BaseModel, Field
 from pydantic_core import to_jsonable_python
 
+from supervised import _schema
 from supervised._schema import ParameterSchema, parameter_schema
 
 
@@ -245,8 +246,22 @@ def test_a_schema_that_leads_to_itself_is_the_servers_to_refuse():
     assert not fits({**ONE, "properties": {"x": {"$ref": "#/properties/x"}}}, {"x": 1})
 
 
-def test_what_has_no_json_form_does_not_fit():
-    assert not fits({**ONE, "properties": {"x": {}}}, {"x": object()})
+@pytest.mark.parametrize("value", [object(), float("nan"), float("inf")])
+def test_what_has_no_json_form_does_not_fit(value):
+    assert not fits({**ONE, "properties": {"x": {}}}, {"x": value})
+
+
+def test_a_schema_of_many_parts_is_the_servers_to_judge_if_there_is_much_to_compare():
+    many = {**ONE, "properties": {"x": {"type": "array", "items": {"enum": [*range(500)]}}}}
+    assert fits(many, {"x": [1] * 10})
+    assert not fits(many, {"x": [1] * 600})
+
+
+def test_a_schema_is_judged_once_however_often_it_is_looked_up():
+    before = _schema._judge.cache_info().misses
+    title = {**ONE, "title": "A schema that no other test has"}
+    assert all(ParameterSchema(dict(title), {}).fits({"x": 1}) for _ in range(3))
+    assert _schema._judge.cache_info().misses == before + 1
 
 
 def test_a_schema_elsewhere_is_not_fetched(monkeypatch):
@@ -283,6 +298,14 @@ def test_to_a_flow_that_takes_anything_nothing_is_unknown(function):
     schema = ParameterSchema(schema_of(function).model_dump(), {})
     assert schema.unknown({"x": 1, "y": 2}) == []
     assert schema.fits({"x": 1, "y": 2})
+
+
+def test_a_position_may_be_anything():
+    def takes(
+        x: Annotated[int, Field(json_schema_extra={"position": "first"})], y: int
+    ) -> None: ...
+
+    assert ParameterSchema(schema_of(takes).model_dump(), {}).unknown({"x": 1, "z": 2}) == ["z"]
 
 
 def test_a_parameter_that_is_a_dict_does_not_make_a_flow_take_anything():
