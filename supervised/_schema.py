@@ -28,16 +28,12 @@ _TEMPLATE = "__prefect_kind"  # a value that the server fills in (utilities/sche
 _TYPE_WORDS = ("type", "$ref", "anyOf", "allOf", "oneOf", "enum", "const")
 _DEFINITIONS = "#/definitions/"
 _SAY_NOTHING = {"title", "description", "default", "examples", "deprecated", "position"}
-_SAY_NOTHING |= {
-    "format",
-    "readOnly",
-    "writeOnly",
-}  # the server has formats checked no more than we
+_FOR_OTHERS = {"format", "readOnly", "writeOnly"}  # the server has none of them checked either
 _OF_VALUES = {"type", "enum", "const", "required", "multipleOf"}
 _LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _SIZES = {f"{end}{of}" for end in ("min", "max") for of in ("Length", "Items", "Properties")}
 _OF_PARTS = {"properties", "items", "prefixItems", "additionalProperties", "anyOf", "allOf", "$ref"}
-_PLAIN = _SAY_NOTHING | _OF_VALUES | _LIMITS | _SIZES | _OF_PARTS | {"definitions"}
+_PLAIN = {"definitions"}.union(_SAY_NOTHING, _FOR_OTHERS, _OF_VALUES, _LIMITS, _SIZES, _OF_PARTS)
 """What a schema may say for us to tell.
 
 Prefect prepares a schema before it checks (utilities/schema_tools/validation.py,

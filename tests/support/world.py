@@ -41,6 +41,7 @@ def eventually(question: Callable[[], T], *, seconds: float, what: str) -> T:
             return answer
         if time.monotonic() > deadline:
             raise AssertionError(f"Not within {seconds:g} s: {what}; last answer: {answer!r}")
+        # Processes and servers tell nobody when they are done, so there is no event to wait for.
         time.sleep(max(_PAUSE_SECONDS, 2 * (time.monotonic() - asked)))
 
 
