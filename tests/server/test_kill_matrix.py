@@ -229,7 +229,7 @@ WAYS: dict[str, Callable[[Stage, World, UUID, psutil.Process], None]] = {
     "SIGKILL": kill,
     "SIGKILL with its runner": kill_with_runner,
     "suspended, resumed, cancelled": suspend_and_resume,
-    "cancelled, the server restarts": restart_server,  # the last: its runners are slow to start a run
+    "cancelled, the server restarts": restart_server,  # the last: its runners start runs slowly
 }
 GUARDED = {"SIGKILL with its runner"}  # who else would end plain children?
 # A worker reads a run again before it cancels it. If there is no server in that instant, the error
