@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import itertools
 import json
 import random
 import sys
@@ -96,7 +97,10 @@ async def ours(children: int) -> tuple[int, Meter]:
 
 
 async def floor(children: int, width: int = 1) -> tuple[int, Meter]:
-    """The same runs, with their tracking task runs, in as few requests as the server allows."""
+    """The same runs, with their tracking task runs, in as few requests as the server allows.
+
+    So many are created at a time once the task runs of all of those have been recorded.
+    """
 
     @flow
     async def parent() -> tuple[int, Meter]:
@@ -104,9 +108,11 @@ async def floor(children: int, width: int = 1) -> tuple[int, Meter]:
         async with get_client() as client:
             with metered() as meter:
                 found = await client.read_deployment_by_name(DEPLOYMENT)
-                async with anyio.create_task_group() as creators:
-                    for _ in range(width):
-                        creators.start_soon(create_all, client, found.id, batches, looks)
+                while some := list(itertools.islice(batches, width)):
+                    tracked = [await track(client, parts, looks) for parts in some]
+                    async with anyio.create_task_group() as creators:
+                        for each in tracked:
+                            creators.start_soon(create, client, found.id, each)
         return children, meter
 
     return await parent()
@@ -117,21 +123,19 @@ def batches_of(children: int) -> Iterator[range]:
     return iter([range(at, min(children, at + 100)) for at in range(0, children, 100)])
 
 
-async def create_all(
-    client: PrefectClient, deployment: UUID, batches: Iterator[range], looks: Looks
-) -> None:
-    """Create what batches are left, one after another."""
-    for parts in batches:
-        await create(client, deployment, UUID(flow_run.id), parts, looks)
-
-
-async def create(
-    client: PrefectClient, deployment: UUID, parent: UUID, parts: range, looks: Looks
-) -> None:
+async def track(client: PrefectClient, parts: range, looks: Looks) -> dict[int, UUID]:
+    """Have task runs recorded; return that of each part."""
     tracking = {part: uuid4() for part in parts}
+    parent = UUID(flow_run.id)
     events = [tracking_event(parent, task_run) for task_run in tracking.values()]
     await client.request("POST", "/events", json=events)
     await wait_until_recorded(client, list(tracking.values()), looks)
+    return tracking
+
+
+async def create(client: PrefectClient, deployment: UUID, tracking: dict[int, UUID]) -> None:
+    """Create the runs of these parts below their task runs."""
+    parent = flow_run.id
     bodies = {
         task_run: {
             "parameters": {"part": part},

@@ -59,6 +59,7 @@ from supervised._errors import (
 from supervised._pace import CHUNK, Pace
 from supervised._schema import ParameterSchema, parameter_schema
 from supervised._stall import Limit
+from supervised._writers import Writers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -270,9 +271,9 @@ class PrefectOrchestrator:
         self._bulk = True
         # Concurrent writers collide on SQLite and wait for each other's locks: four launches
         # took 2 to 6 s side by side, and 0.4 s one after another.
-        self._one_write = anyio.CapacityLimiter(1)
+        self._writers = Writers()
         self._bulk_creation = BulkCreation(
-            client, self._one_write, self.read_runs, self._read_schema, _tracking_task
+            client, self._writers, self.read_runs, self._read_schema, _tracking_task
         )
         self._creations = Batches(self._create_in_bulk, limit=BULK_CREATION_LIMIT)
         self._one_alone = anyio.Lock()
@@ -437,13 +438,13 @@ class PrefectOrchestrator:
         return tracking.id
 
     async def _write(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Make a request for a launch, one at a time.
+        """Make a request for a launch, one at a time unless the server takes several.
 
         Raises:
             ParametersError: If the server says that the parameters do not fit.
         """
         try:
-            async with self._one_write:
+            async with self._writers.write:
                 return await request()
         except PrefectHTTPStatusError as exc:
             if exc.response.status_code in {400, 409, 422}:

@@ -7,6 +7,8 @@ has not made in bulk, whatever the reason, is left to be asked for by itself.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from supervised._api import Deployment, RunRequest
     from supervised._schema import ParameterSchema
+    from supervised._writers import Writers
 
 logger = get_logger("prefect.supervised.launch")
 
@@ -42,7 +45,12 @@ LIMIT = 100
 
 _FEW = 10  # fewer are quicker one by one: a busy server may take seconds to record events
 _PAGE = 200
-_PAUSES = (0.0, 0.2, 0.5)  # before each attempt: on SQLite a writer in between makes all of it fail
+_PAUSES = (
+    0.0,
+    0.2,
+    0.5,
+    1.0,
+)  # before each attempt: on SQLite a writer in between makes all of it fail
 _RECORDED_SECONDS = 3.0
 _RECORDED_SECONDS_EACH = 0.05  # a busy server needs 20 ms
 _LOOK_SECONDS = 0.03  # each takes a server that is busy recording 20 ms
@@ -108,18 +116,17 @@ class BulkCreation:
 
     Args:
         client: The client.
-        one_write: What lets one write through at a time.
+        writers: What lets one large write through at a time, or two.
         read_runs: Reads runs by their ids.
         read_schema: Returns what a deployment's parameters have to fit now, if that is known.
         tracking_task: Returns the task whose run links a child of a deployment to its parent.
     """
 
     _client: PrefectClient
-    _one_write: anyio.CapacityLimiter
+    _writers: Writers
     _read_runs: Callable[[Iterable[UUID]], Awaitable[list[FlowRun]]]
     _read_schema: Callable[[Deployment], Awaitable[ParameterSchema | None]]
     _tracking_task: Callable[[Deployment], Task[..., Any]]
-    _turn: anyio.Lock = attrs.field(factory=anyio.Lock, init=False)
     _is_offered: bool = True
     _events_again: float = -math.inf
     _looks: Looks = attrs.field(factory=Looks)
@@ -139,27 +146,34 @@ class BulkCreation:
         missing: Sequence[RunRequest] | None = None
         for pause in _PAUSES:
             await anyio.sleep(pause)
-            # Until it has been answered; reading it may overlap. With the next task runs recorded
-            # meanwhile, the last of 200 children came 0.3 s sooner on PostgreSQL, the first
-            # hundred 1.2 s later: it is the server's CPU. On SQLite they were lost.
-            async with self._turn:
+            # Until it has been answered; reading it may overlap. On SQLite task runs that are sent
+            # meanwhile are lost.
+            async with contextlib.AsyncExitStack() as turn:
+                await turn.enter_async_context(self._writers.turn)
                 if missing is None:
                     missing = await self._tracked(
                         deployment, await self._sendable(deployment, requests)
                     )
+                    if self._writers.may_be_several:
+                        await turn.aclose()  # what waits is recorded first, and created beside
+                        await turn.enter_async_context(self._writers.turn)
                 if len(missing) < _FEW or not self._is_offered:
                     break
                 missing = [request for request in missing if request.begin()]
                 if not missing:
                     break
-                made = await self._create(deployment, missing)
+                async with self._writers.large(functools.partial(self._write_nothing, deployment)):
+                    made = await self._create(deployment, missing)
             # Read, not believed: where one of them fails for the database's sake, the whole
             # transaction is gone, whatever the answer says of the others.
             try:
-                found |= {str(run.idempotency_key): run for run in await self._read_runs(made)}
+                read = {str(run.idempotency_key): run for run in await self._read_runs(made)}
             except PrefectHTTPStatusError:
                 logger.debug("Reading what was created failed", exc_info=True)
                 break
+            if not read:
+                self._writers.note_lost()
+            found |= read
             missing = [request for request in missing if request.idempotency_key not in found]
             if len(missing) < _FEW:
                 break  # or who has a run would wait for a pause and the whole of the next batch
@@ -189,13 +203,12 @@ class BulkCreation:
 
     async def _create(self, deployment: Deployment, requests: Sequence[RunRequest]) -> list[UUID]:
         try:
-            async with self._one_write:
-                response = await self._client.request(
-                    "POST",
-                    _BULK_ROUTE,
-                    path_params={"id": deployment.id},
-                    json=[create_body(request) for request in requests],
-                )
+            response = await self._client.request(
+                "POST",
+                _BULK_ROUTE,
+                path_params={"id": deployment.id},
+                json=[create_body(request) for request in requests],
+            )
         except PrefectHTTPStatusError as exc:
             logger.debug("Creating %d runs in bulk failed", len(requests), exc_info=True)
             has_route = "Deployment not found" in exc.response.text
@@ -206,6 +219,10 @@ class BulkCreation:
         if errors := {result["error"] for result in results if result["error"]}:
             logger.debug("Not created in bulk: %s", errors)
         return [UUID(result["flow_run_id"]) for result in results if result["flow_run_id"]]
+
+    async def _write_nothing(self, deployment: Deployment) -> None:
+        """Have the deployment's flow created, as each of its runs does: it is there already."""
+        await self._client.create_flow_from_name(deployment.name.split("/")[0])
 
     # -- tracking -------------------------------------------------------------------------------
 
@@ -222,7 +239,7 @@ class BulkCreation:
         task = self._tracking_task(deployment)
         events = [compat.task_run_event(tracking_task_run(task, each)) for each in requests]
         try:
-            async with self._one_write:
+            async with self._writers.write:
                 await self._client.request("POST", "/events", json=events)
         except PrefectHTTPStatusError:
             logger.debug("Sending %d events failed", len(events), exc_info=True)

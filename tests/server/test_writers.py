@@ -1,0 +1,129 @@
+"""Two creations go side by side on a database with several writers, and never on SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from uuid import uuid4
+
+import httpx
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.states import Running
+from support.postgres import find_binaries, local_postgres
+from support.world import World
+
+from supervised._api import RunRequest, open_orchestrator
+from supervised.testing import local_server
+
+pytestmark = pytest.mark.server
+BATCHES = 3
+MANY = BATCHES * 60
+
+
+@flow(name="writers-parent")
+def parent_flow() -> None:
+    """What the parents run."""
+
+
+@flow(name="writers-child")
+def child_flow(part: int = 0) -> None:
+    """What the children run."""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def world(kind, tmp_path):
+    """A server of its own, on either database."""
+    with contextlib.ExitStack() as stack:
+        settings = {}
+        if kind == "postgresql":
+            binaries = find_binaries()
+            if binaries is None:  # where there are some, as in CI, nothing is skipped
+                pytest.skip("there are no binaries of PostgreSQL on this machine")
+            url = stack.enter_context(local_postgres(binaries))
+            settings["PREFECT_API_DATABASE_CONNECTION_URL"] = url
+        server = stack.enter_context(local_server(home=tmp_path, settings=settings))
+        stack.enter_context(
+            temporary_settings({PREFECT_API_URL: server.url, PREFECT_HOME: tmp_path})
+        )
+        client = stack.enter_context(get_client(sync_client=True))
+        yield World(server, tmp_path, client)
+
+
+@pytest.fixture
+def bulk(monkeypatch):
+    """How many requests that create in bulk were under way at a time."""
+    widths, under_way = [], []
+    send = httpx.AsyncClient.send
+
+    async def seen(self, request, *args, **options):
+        if not request.url.path.endswith("/create_flow_run/bulk"):
+            return await send(self, request, *args, **options)
+        under_way.append(request)
+        widths.append(len(under_way))
+        try:
+            return await send(self, request, *args, **options)
+        finally:
+            under_way.remove(request)
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", seen)
+    return widths
+
+
+def create(world):
+    """Create many runs at once; return the parent, and whether the server is known to take two."""
+    flow_id = world.client.create_flow(child_flow)
+    world.client.create_deployment(flow_id, "writers")
+    parent = world.client.create_flow_run(parent_flow, state=Running()).id
+
+    async def run():
+        async with open_orchestrator() as api:
+            found = await api.read_deployment("writers-child/writers")
+            requests = [
+                RunRequest(
+                    name=None,
+                    parameters={"part": part},
+                    tags=[],
+                    labels={},
+                    idempotency_key=f"writers:{parent}:{part}",
+                    parent_run_id=parent,
+                    tracking_key=f"part-{part}:0",
+                    tracking_id=uuid4(),
+                    task_inputs={},
+                )
+                for part in range(MANY)
+            ]
+            runs = await asyncio.gather(
+                *(api.create_deployment_run(found, request) for request in requests)
+            )
+            assert len({run.id for run in runs}) == MANY
+            return api._writers.width
+
+    return parent, asyncio.run(run())
+
+
+def test_as_many_creations_go_side_by_side_as_the_database_has_writers(
+    world, kind, bulk, monkeypatch
+):
+    monkeypatch.setattr("supervised._api.BULK_CREATION_LIMIT", MANY // BATCHES)
+    if kind == "postgresql":  # so that it is found out on a machine of any speed
+        monkeypatch.setattr("supervised._writers._PAUSE_SECONDS", 0.05)
+        monkeypatch.setattr("supervised._writers._AT_ONCE_SECONDS", 5.0)
+    monkeypatch.setattr("supervised._bulk._RECORDED_SECONDS", 60.0)
+    monkeypatch.setattr("supervised._bulk._PAUSES", (0.0, *[0.3] * 20))
+    parent, width = create(world)
+    assert len(world.tree(parent)) == 1 + MANY
+    expected = 2 if kind == "postgresql" else 1
+    assert max(bulk) == width == expected
+    flows = world.client.read_flows(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=["writers-child"]))
+    )
+    assert len(flows) == 1, "what is written to find out changes nothing"
