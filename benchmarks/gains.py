@@ -24,7 +24,7 @@ from meter import in_a_process_of_its_own
 from overhead import bytecode, import_seconds
 from stage import deploy_child, only_server, parser
 
-from supervised import _batch, _bulk, _child
+from supervised import _batch, _bulk, _child, _writers
 from supervised._api import PrefectOrchestrator
 from supervised._bulk import BulkCreation
 from supervised._finished import Finished
@@ -94,6 +94,11 @@ PARTS = [
         lambda: mock.patch.object(ParameterSchema, "fits", return_value=False),
     ),
     Part("two batches overlap", "launch", lambda: mock.patch.object(_batch, "_AT_ONCE", 1)),
+    Part(
+        "two creations at a time, where that is quicker",
+        "launch",
+        lambda: mock.patch.object(_writers, "_WIDE", 1),
+    ),
     Part("runs cancelled in bulk", "cancel", _one_by_one),
     Part(
         "several requests at a time, where that is quicker",

@@ -113,7 +113,9 @@ async def floor(children: int, width: int = 1) -> tuple[int, Meter]:
                     async with anyio.create_task_group() as creators:
                         for each in tracked:
                             creators.start_soon(create, client, found.id, each)
-        return children, meter
+            body = {"flow_runs": {"parent_flow_run_id": {"any_": [str(flow_run.id)]}}}
+            made = await client.request("POST", "/flow_runs/count", json=body)
+        return made.json(), meter
 
     return await parent()
 

@@ -7,10 +7,10 @@ has not made in bulk, whatever the reason, is left to be asked for by itself.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -45,12 +45,7 @@ LIMIT = 100
 
 _FEW = 10  # fewer are quicker one by one: a busy server may take seconds to record events
 _PAGE = 200
-_PAUSES = (
-    0.0,
-    0.2,
-    0.5,
-    1.0,
-)  # before each attempt: on SQLite a writer in between makes all of it fail
+_PAUSES = (0.0, 0.2, 0.5)  # before each attempt: on SQLite a writer in between makes all of it fail
 _RECORDED_SECONDS = 3.0
 _RECORDED_SECONDS_EACH = 0.05  # a busy server needs 20 ms
 _LOOK_SECONDS = 0.03  # each takes a server that is busy recording 20 ms
@@ -148,21 +143,17 @@ class BulkCreation:
             await anyio.sleep(pause)
             # Until it has been answered; reading it may overlap. On SQLite task runs that are sent
             # meanwhile are lost.
-            async with contextlib.AsyncExitStack() as turn:
+            async with AsyncExitStack() as turn:
                 await turn.enter_async_context(self._writers.turn)
                 if missing is None:
-                    missing = await self._tracked(
-                        deployment, await self._sendable(deployment, requests)
-                    )
-                    if self._writers.may_be_several:
-                        await turn.aclose()  # what waits is recorded first, and created beside
-                        await turn.enter_async_context(self._writers.turn)
+                    missing = await self._record(deployment, requests, turn)
                 if len(missing) < _FEW or not self._is_offered:
                     break
                 missing = [request for request in missing if request.begin()]
                 if not missing:
                     break
-                async with self._writers.large(functools.partial(self._write_nothing, deployment)):
+                small = functools.partial(self._write_nothing, deployment)
+                async with self._writers.large(small) as this:
                     made = await self._create(deployment, missing)
             # Read, not believed: where one of them fails for the database's sake, the whole
             # transaction is gone, whatever the answer says of the others.
@@ -171,13 +162,26 @@ class BulkCreation:
             except PrefectHTTPStatusError:
                 logger.debug("Reading what was created failed", exc_info=True)
                 break
-            if not read:
+            if not read and not this.is_alone:
                 self._writers.note_lost()
             found |= read
             missing = [request for request in missing if request.idempotency_key not in found]
             if len(missing) < _FEW:
                 break  # or who has a run would wait for a pause and the whole of the next batch
         return found
+
+    async def _record(
+        self, deployment: Deployment, requests: Iterable[RunRequest], turn: AsyncExitStack
+    ) -> Sequence[RunRequest]:
+        """Return those whose runs can be created: those that need one have a task run."""
+        wanted = await self._sendable(deployment, requests)
+        tracked = await self._track(deployment, [each for each in wanted if each.is_linked])
+        if not self._writers.is_known:
+            # What waits for its turn is recorded first: then it can be created beside these, if the
+            # server takes that. These wait as long, once in ten minutes.
+            await turn.aclose()
+            await turn.enter_async_context(self._writers.turn)
+        return [each for each in wanted if not each.is_linked or each.tracking_id in tracked]
 
     async def _sendable(
         self, deployment: Deployment, requests: Iterable[RunRequest]
@@ -193,13 +197,6 @@ class BulkCreation:
                 found[at] = attrs.evolve(request, is_checked=True)
             await checkpoint()
         return found
-
-    async def _tracked(
-        self, deployment: Deployment, requests: Sequence[RunRequest]
-    ) -> Sequence[RunRequest]:
-        """Return those requests whose runs can be created: those that need one have a task run."""
-        tracked = await self._track(deployment, [each for each in requests if each.is_linked])
-        return [each for each in requests if not each.is_linked or each.tracking_id in tracked]
 
     async def _create(self, deployment: Deployment, requests: Sequence[RunRequest]) -> list[UUID]:
         try:
@@ -221,7 +218,10 @@ class BulkCreation:
         return [UUID(result["flow_run_id"]) for result in results if result["flow_run_id"]]
 
     async def _write_nothing(self, deployment: Deployment) -> None:
-        """Have the deployment's flow created, as each of its runs does: it is there already."""
+        """Have the deployment's flow created, as whoever deploys it does: it is there already.
+
+        It would be there again, empty, if somebody has deleted it in this instant.
+        """
         await self._client.create_flow_from_name(deployment.name.split("/")[0])
 
     # -- tracking -------------------------------------------------------------------------------
@@ -250,6 +250,8 @@ class BulkCreation:
         except PrefectHTTPStatusError:
             logger.debug("Looking for %d task runs failed", len(events), exc_info=True)
             return set()
+        if len(recorded) < len(events):
+            self._writers.note_lost()
         if not recorded:
             self._events_again = _clock.monotonic() + _RECOVERY_SECONDS
         return recorded

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
+import attrs
 
 from supervised import _clock
 from supervised._log import get_logger
@@ -24,10 +25,22 @@ logger = get_logger("prefect.supervised.launch")
 
 _WIDE = 2  # creations of a hundred runs; the server's CPU is busy then
 _ANSWERS = 2  # the first may have been read before the large one, by a server that is behind
-_PAUSE_SECONDS = 0.15  # before each small write: until then the large one has begun to write
-_AT_ONCE_SECONDS = 0.3  # what has waited longer has waited for the large one
-_LATE_SECONDS = 2.0
+_PAUSE_SECONDS = 0.15  # before each small write, and after it: the large one is to outlive it
+_STOP_SECONDS = 2.0
 _AGAIN_SECONDS = 600.0  # after which another server may be behind the address
+
+
+@attrs.define(eq=False)
+class LargeWrite:
+    """A large write that is under way.
+
+    Args:
+        is_alone: Whether no other has been beside it so far.
+        asked: When the small write beside it was sent that it is to outlive.
+    """
+
+    is_alone: bool
+    asked: float | None = None
 
 
 class Writers:
@@ -41,7 +54,8 @@ class Writers:
         """What a large write waits for, with what belongs to it, in the order of coming."""
         self.write = anyio.CapacityLimiter(1)
         """What each request of a launch waits for that writes."""
-        self._one_until = -math.inf  # when to find out again
+        self._known_until = -math.inf
+        self._under_way: list[LargeWrite] = []
 
     @property
     def width(self) -> int:
@@ -49,71 +63,66 @@ class Writers:
         return int(self.turn.total_tokens)
 
     @property
-    def may_be_several(self) -> bool:
-        """Whether the server takes several, or that is to be found out."""
-        return self.width > 1 or _clock.monotonic() >= self._one_until
+    def is_known(self) -> bool:
+        """Whether it has been found out how many the server takes, and not too long ago."""
+        return _clock.monotonic() < self._known_until
 
     @asynccontextmanager
-    async def large(self, small: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    async def large(self, small: Callable[[], Awaitable[object]]) -> AsyncIterator[LargeWrite]:
         """Make a large write in the block, whose turn it is.
 
         Args:
             small: Makes a write that changes nothing. Called while the large one is under way and
-                another one waits for it, unless it is known what comes of that.
+                another one waits for its turn, unless it is known what comes of that.
         """
         async with self.write:
-            if self.width > 1 or not self.may_be_several:
-                yield
-                return
-            is_over = asyncio.Event()
-            asking = asyncio.create_task(self._find_out(small, is_over))
+            this = LargeWrite(is_alone=not self._under_way)
+            for other in self._under_way:
+                other.is_alone = False
+            self._under_way.append(this)
+            finding_out = asyncio.create_task(self._find_out(small, this))
             try:
-                yield
-                # On SQLite a small write that is left over would come into the next large one,
-                # after that has read and before it writes, and all of it would be thrown out.
-                is_over.set()
-                if (await asyncio.wait([asking], timeout=_LATE_SECONDS))[1]:
-                    self._settle(1)
+                yield this
+                if this.asked and _clock.monotonic() - this.asked > 2 * _PAUSE_SECONDS:
+                    self._settle(1)  # it was answered when this was over, if at all
             finally:
-                asking.cancel()
+                self._under_way.remove(this)
+                finding_out.cancel()
                 with anyio.CancelScope(shield=True):
-                    await asyncio.wait([asking])
+                    await asyncio.wait([finding_out], timeout=_STOP_SECONDS)
 
     def note_lost(self) -> None:
-        """Take note that nothing came of a large write: another one beside it may be the reason."""
+        """Take note that what was sent beside something large has led to nothing."""
         if self.width > 1:
             self._settle(1)
 
-    async def _find_out(
-        self, small: Callable[[], Awaitable[object]], is_over: asyncio.Event
-    ) -> None:
-        answers = 0
-        while answers < _ANSWERS:
-            with anyio.move_on_after(_PAUSE_SECONDS):
-                await is_over.wait()
-            if is_over.is_set():
-                return
-            if self.turn.statistics().tasks_waiting:
-                if not await self._is_answered_at_once(small):
-                    return
-                answers += 1
-        if not is_over.is_set():
-            self._settle(_WIDE)
-
-    async def _is_answered_at_once(self, small: Callable[[], Awaitable[object]]) -> bool:
-        began = _clock.monotonic()
+    async def _find_out(self, small: Callable[[], Awaitable[object]], large: LargeWrite) -> None:
+        if self.is_known:
+            return
+        self._let_through(1)
         try:
-            await small()
+            await self._ask(small, large)
         except Exception:  # refused, not answered: then there is nothing to go by
             logger.debug("A small write beside a large one failed", exc_info=True)
+            self._settle(1)
         else:
-            if _clock.monotonic() - began < _AT_ONCE_SECONDS:
-                return True
-        self._settle(1)
-        return False
+            self._settle(_WIDE)
+
+    async def _ask(self, small: Callable[[], Awaitable[object]], large: LargeWrite) -> None:
+        """Return once small writes have been answered that the large one has outlived."""
+        answers = 0
+        while answers < _ANSWERS or large.asked:
+            await anyio.sleep(_PAUSE_SECONDS)
+            large.asked = None
+            if answers < _ANSWERS and self.turn.statistics().tasks_waiting:
+                large.asked = _clock.monotonic()
+                await small()
+                answers += 1
 
     def _settle(self, width: int) -> None:
-        logger.debug("Large writes under way at a time from now on: %d", width)
+        logger.debug("Large writes at a time from now on: %d", width)
+        self._known_until = _clock.monotonic() + _AGAIN_SECONDS
+        self._let_through(width)
+
+    def _let_through(self, width: int) -> None:
         self.turn.total_tokens = self.write.total_tokens = width
-        if width == 1:
-            self._one_until = _clock.monotonic() + _AGAIN_SECONDS

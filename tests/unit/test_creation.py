@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import anyio
 import httpx
 import pytest
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from support.virtual import play
 
 from supervised import _api
 from supervised._api import Deployment, PrefectOrchestrator, RunRequest
@@ -39,6 +41,9 @@ class Client:
         self.checked += [body.get("enforce_parameter_schema", True) for body in json]
         results = [{"flow_run_id": self._made(body), "error": None} for body in json]
         return SimpleNamespace(json=lambda: {"results": results})
+
+    async def create_task_run(self, **given):
+        return SimpleNamespace(id=given["id"])
 
     async def create_flow_run_from_deployment(self, deployment_id, *, idempotency_key, **body):
         self.alone += 1
@@ -265,6 +270,109 @@ def test_who_is_in_one_batch_hears_of_its_run_while_the_next_batch_is_created():
         assert client.sizes == [LIMIT, MANY]
 
     asyncio.run(act())
+
+
+class Database(Client):
+    """Records task runs, and creates runs in seconds, of which it may refuse some.
+
+    Args:
+        writers: How many writes it takes at a time; one more throws out a creation.
+    """
+
+    def __init__(self, writers):
+        super().__init__()
+        self.order = []
+        self.flows = []
+        self.refuses = False
+        self._writers = writers
+        self._lock = asyncio.Lock()
+        self._under_way = 0
+
+    async def request(self, method, path, *, json, path_params=None):
+        if path == "/events":
+            self.order.append("record")
+            return None
+        if path == "/task_runs/count":
+            count = len(json["task_runs"]["id"]["any_"])
+            return SimpleNamespace(json=lambda: count)
+        self.order.append("create")
+        self._under_way += 1
+        is_thrown_out = self._under_way > self._writers
+        async with self._lock if self._writers == 1 else contextlib.nullcontext():
+            await asyncio.sleep(0.1 if is_thrown_out else 3.0)
+        self._under_way -= 1
+        if is_thrown_out or self.refuses:
+            results = [{"flow_run_id": None, "error": "database is locked"} for _ in json]
+            return SimpleNamespace(json=lambda: {"results": results})
+        return await super().request(method, path, json=json, path_params=path_params)
+
+    async def create_flow_from_name(self, name):
+        self.flows.append(name)
+        async with self._lock if self._writers == 1 else contextlib.nullcontext():
+            pass
+
+
+async def launch(api, count, first):
+    deployment = Deployment(id=uuid4(), name="score/gpu", version=None, paused=False)
+    requests = [requested(first + number, number, is_linked=True) for number in range(count)]
+    runs = await asyncio.gather(
+        *(api.create_deployment_run(deployment, request) for request in requests)
+    )
+    assert None not in runs
+
+
+def test_what_waits_is_recorded_first_until_it_is_known_that_it_cannot_be_created_beside():
+    async def story():
+        client = Database(writers=1)
+        api = PrefectOrchestrator(client, RequestBudget())
+        await launch(api, 2 * LIMIT, 0)
+        assert client.order == ["record", "record", "create", "create"]
+        assert client.flows == ["score"]
+        client.order.clear()
+        await launch(api, 2 * LIMIT, 1000)
+        assert client.order == ["record", "create", "record", "create"]
+
+    play(story())
+
+
+def test_two_hundreds_are_created_side_by_side_where_the_database_takes_that():
+    async def story():
+        client = Database(writers=2)
+        api = PrefectOrchestrator(client, RequestBudget())
+        began = asyncio.get_running_loop().time()
+        await launch(api, 2 * LIMIT, 0)
+        assert asyncio.get_running_loop().time() - began < 2 * 3.0
+        assert client.flows == ["score"] * 2
+
+    play(story())
+
+
+def test_what_is_thrown_out_beside_another_is_created_and_then_one_goes_at_a_time():
+    async def story():
+        client = Database(writers=2)
+        api = PrefectOrchestrator(client, RequestBudget())
+        await launch(api, 2 * LIMIT, 0)
+        client._writers = 1  # another server is behind the address now
+        client.order.clear()
+        await launch(api, 2 * LIMIT, 1000)
+        assert client.order.count("create") == 3
+        assert api._writers.width == 1
+        assert client.alone == 0
+
+    play(story())
+
+
+def test_what_is_refused_alone_says_nothing_about_two_at_a_time():
+    async def story():
+        client = Database(writers=2)
+        api = PrefectOrchestrator(client, RequestBudget())
+        await launch(api, 2 * LIMIT, 0)
+        client.refuses = True
+        await launch(api, MANY, 1000)
+        assert client.alone == MANY
+        assert api._writers.width == 2
+
+    play(story())
 
 
 def test_when_all_have_been_created_nobody_waits_for_another_attempt(monkeypatch):
