@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -125,6 +124,7 @@ class BulkCreation:
     _is_offered: bool = True
     _events_again: float = -math.inf
     _looks: Looks = attrs.field(factory=Looks)
+    _looking: anyio.Lock = attrs.field(factory=anyio.Lock, init=False)
 
     async def create(
         self, deployment: Deployment, requests: Sequence[RunRequest]
@@ -137,24 +137,22 @@ class BulkCreation:
         """
         if len(requests) < _FEW or not self._is_offered:
             return {}
+        async with self._writers.recording():
+            missing = await self._record(deployment, requests)
         found: dict[str, FlowRun] = {}
-        missing: Sequence[RunRequest] | None = None
         for pause in _PAUSES:
+            if len(missing) < _FEW:
+                break  # or who has a run would wait for a pause and the whole of the next batch
             await anyio.sleep(pause)
-            # Until it has been answered; reading it may overlap. On SQLite task runs that are sent
-            # meanwhile are lost.
-            async with AsyncExitStack() as turn:
-                await turn.enter_async_context(self._writers.turn)
-                if missing is None:
-                    missing = await self._record(deployment, requests, turn)
-                if len(missing) < _FEW or not self._is_offered:
+            # Until it has been answered; reading it may overlap.
+            small = functools.partial(self._write_nothing, deployment)
+            async with self._writers.large(small) as this:
+                if not self._is_offered:
                     break
                 missing = [request for request in missing if request.begin()]
                 if not missing:
                     break
-                small = functools.partial(self._write_nothing, deployment)
-                async with self._writers.large(small) as this:
-                    made = await self._create(deployment, missing)
+                made = await self._create(deployment, missing)
             # Read, not believed: where one of them fails for the database's sake, the whole
             # transaction is gone, whatever the answer says of the others.
             try:
@@ -166,21 +164,14 @@ class BulkCreation:
                 self._writers.note_lost()
             found |= read
             missing = [request for request in missing if request.idempotency_key not in found]
-            if len(missing) < _FEW:
-                break  # or who has a run would wait for a pause and the whole of the next batch
         return found
 
     async def _record(
-        self, deployment: Deployment, requests: Iterable[RunRequest], turn: AsyncExitStack
+        self, deployment: Deployment, requests: Iterable[RunRequest]
     ) -> Sequence[RunRequest]:
         """Return those whose runs can be created: those that need one have a task run."""
         wanted = await self._sendable(deployment, requests)
         tracked = await self._track(deployment, [each for each in wanted if each.is_linked])
-        if not self._writers.is_known:
-            # What waits for its turn is recorded first: then it can be created beside these, if the
-            # server takes that. These wait as long, once in ten minutes.
-            await turn.aclose()
-            await turn.enter_async_context(self._writers.turn)
         return [each for each in wanted if not each.is_linked or each.tracking_id in tracked]
 
     async def _sendable(
@@ -259,20 +250,26 @@ class BulkCreation:
     async def _wait_until_recorded(self, ids: Sequence[UUID]) -> set[UUID]:
         """Count until all are there, which costs the server little; read only if some are not."""
         began = _clock.monotonic()
-        until = began + _RECORDED_SECONDS + len(ids) * _RECORDED_SECONDS_EACH
-        pause, looks = self._looks.first(len(ids)), [Look()]
         chosen = TaskRunFilter(id=TaskRunFilterId(any_=list(ids)))
-        body = {"task_runs": chosen.model_dump(mode="json", exclude_unset=True)}
-        while _clock.monotonic() < until:
-            await anyio.sleep(pause)
-            response = await self._client.request("POST", "/task_runs/count", json=body)
-            looks.append(Look(_clock.monotonic() - began, response.json()))
-            if looks[-1].recorded == len(ids):
-                self._looks.learn(looks[1], looks[-1])
+        async with self._looking:  # what was sent first is recorded first
+            if await self._are_recorded(chosen, len(ids), began):
                 return set(ids)
-            pause = self._looks.again(len(ids), *looks[-2:])
         task_runs = await self._client.read_task_runs(task_run_filter=chosen, limit=_PAGE)
         return {task_run.id for task_run in task_runs}
+
+    async def _are_recorded(self, chosen: TaskRunFilter, count: int, began: float) -> bool:
+        until = began + _RECORDED_SECONDS + count * _RECORDED_SECONDS_EACH
+        body = {"task_runs": chosen.model_dump(mode="json", exclude_unset=True)}
+        due, looks = began + self._looks.first(count), [Look()]
+        while _clock.monotonic() < until:
+            await anyio.sleep(max(0.0, due - _clock.monotonic()))
+            response = await self._client.request("POST", "/task_runs/count", json=body)
+            looks.append(Look(_clock.monotonic() - began, response.json()))
+            if looks[-1].recorded == count:
+                self._looks.learn(looks[1], looks[-1])
+                return True
+            due = _clock.monotonic() + self._looks.again(count, *looks[-2:])
+        return False
 
 
 _BULK_ROUTE: Any = "/deployments/{id}/create_flow_run/bulk"  # not in the client's Literal of routes

@@ -43,6 +43,17 @@ class LargeWrite:
     asked: float | None = None
 
 
+@attrs.define(eq=False)
+class _Recording:
+    """What is recorded together, in one turn.
+
+    Args:
+        parts: How many parts of it are under way.
+    """
+
+    parts: int = 0
+
+
 class Writers:
     """Lets one large write through at a time, or two where the server takes them.
 
@@ -50,17 +61,17 @@ class Writers:
     """
 
     def __init__(self) -> None:
-        self.turn = anyio.CapacityLimiter(1)
-        """What a large write waits for, with what belongs to it, in the order of coming."""
         self.write = anyio.CapacityLimiter(1)
         """What each request of a launch waits for that writes."""
+        self._turn = anyio.CapacityLimiter(1)
+        self._recording: _Recording | None = None
         self._known_until = -math.inf
         self._under_way: list[LargeWrite] = []
 
     @property
     def width(self) -> int:
         """How many large writes may be under way at a time."""
-        return int(self.turn.total_tokens)
+        return int(self._turn.total_tokens)
 
     @property
     def is_known(self) -> bool:
@@ -68,14 +79,42 @@ class Writers:
         return _clock.monotonic() < self._known_until
 
     @asynccontextmanager
+    async def recording(self) -> AsyncIterator[None]:
+        """Have something recorded in the block that the server is sent, and records by and by.
+
+        Together with what else is recorded, and not beside a large write unless the server takes
+        two of those: SQLite would lose it.
+        """
+        if self.width > 1:
+            yield
+            return
+        recording = self._recording
+        if recording is None:
+            recording = _Recording()
+            try:
+                self._turn.acquire_on_behalf_of_nowait(recording)
+            except anyio.WouldBlock:
+                await self._turn.acquire_on_behalf_of(recording)
+            self._recording = recording
+        recording.parts += 1
+        try:
+            yield
+        finally:
+            recording.parts -= 1
+            if not recording.parts:
+                self._turn.release_on_behalf_of(recording)
+                if self._recording is recording:
+                    self._recording = None
+
+    @asynccontextmanager
     async def large(self, small: Callable[[], Awaitable[object]]) -> AsyncIterator[LargeWrite]:
-        """Make a large write in the block, whose turn it is.
+        """Wait for the turn of a large write, which is made in the block.
 
         Args:
             small: Makes a write that changes nothing. Called while the large one is under way and
                 another one waits for its turn, unless it is known what comes of that.
         """
-        async with self.write:
+        async with self._turn, self.write:
             this = LargeWrite(is_alone=not self._under_way)
             for other in self._under_way:
                 other.is_alone = False
@@ -114,7 +153,7 @@ class Writers:
         while answers < _ANSWERS or large.asked:
             await anyio.sleep(_PAUSE_SECONDS)
             large.asked = None
-            if answers < _ANSWERS and self.turn.statistics().tasks_waiting:
+            if answers < _ANSWERS and self._turn.statistics().tasks_waiting:
                 large.asked = _clock.monotonic()
                 await small()
                 answers += 1
@@ -125,4 +164,4 @@ class Writers:
         self._let_through(width)
 
     def _let_through(self, width: int) -> None:
-        self.turn.total_tokens = self.write.total_tokens = width
+        self._turn.total_tokens = self.write.total_tokens = width
