@@ -44,7 +44,9 @@ LIMIT = 100
 
 _FEW = 10  # fewer are quicker one by one: a busy server may take seconds to record events
 _PAGE = 200
-_PAUSES = (0.0, 0.2, 0.5)  # before each attempt: on SQLite a writer in between makes all of it fail
+# Before each attempt: on SQLite a writer in between makes all of it fail, as what follows another
+# creation at once has seen: the events of that are being stored.
+_PAUSES = (0.0, 0.2, 0.5, 1.0)
 _RECORDED_SECONDS = 3.0
 _RECORDED_SECONDS_EACH = 0.05  # a busy server needs 20 ms
 _LOOK_SECONDS = 0.03  # each takes a server that is busy recording 20 ms
@@ -137,8 +139,7 @@ class BulkCreation:
         """
         if len(requests) < _FEW or not self._is_offered:
             return {}
-        async with self._writers.recording():
-            missing = await self._record(deployment, requests)
+        missing = await self._tracked(deployment, await self._sendable(deployment, requests))
         found: dict[str, FlowRun] = {}
         for pause in _PAUSES:
             if len(missing) < _FEW:
@@ -166,14 +167,6 @@ class BulkCreation:
             missing = [request for request in missing if request.idempotency_key not in found]
         return found
 
-    async def _record(
-        self, deployment: Deployment, requests: Iterable[RunRequest]
-    ) -> Sequence[RunRequest]:
-        """Return those whose runs can be created: those that need one have a task run."""
-        wanted = await self._sendable(deployment, requests)
-        tracked = await self._track(deployment, [each for each in wanted if each.is_linked])
-        return [each for each in wanted if not each.is_linked or each.tracking_id in tracked]
-
     async def _sendable(
         self, deployment: Deployment, requests: Iterable[RunRequest]
     ) -> list[RunRequest]:
@@ -188,6 +181,17 @@ class BulkCreation:
                 found[at] = attrs.evolve(request, is_checked=True)
             await checkpoint()
         return found
+
+    async def _tracked(
+        self, deployment: Deployment, requests: Sequence[RunRequest]
+    ) -> Sequence[RunRequest]:
+        """Return those requests whose runs can be created: those that need one have a task run."""
+        linked = [each for each in requests if each.is_linked]
+        if not linked or _clock.monotonic() < self._events_again:
+            return [each for each in requests if not each.is_linked]
+        async with self._writers.recording():
+            tracked = await self._track(deployment, linked)
+        return [each for each in requests if not each.is_linked or each.tracking_id in tracked]
 
     async def _create(self, deployment: Deployment, requests: Sequence[RunRequest]) -> list[UUID]:
         try:
@@ -225,8 +229,6 @@ class BulkCreation:
         Returns:
             The ids of those that the server has recorded.
         """
-        if _clock.monotonic() < self._events_again or not requests:
-            return set()
         task = self._tracking_task(deployment)
         events = [compat.task_run_event(tracking_task_run(task, each)) for each in requests]
         try:
@@ -258,7 +260,7 @@ class BulkCreation:
         return {task_run.id for task_run in task_runs}
 
     async def _are_recorded(self, chosen: TaskRunFilter, count: int, began: float) -> bool:
-        until = began + _RECORDED_SECONDS + count * _RECORDED_SECONDS_EACH
+        until = _clock.monotonic() + _RECORDED_SECONDS + count * _RECORDED_SECONDS_EACH
         body = {"task_runs": chosen.model_dump(mode="json", exclude_unset=True)}
         due, looks = began + self._looks.first(count), [Look()]
         while _clock.monotonic() < until:

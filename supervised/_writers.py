@@ -25,7 +25,7 @@ logger = get_logger("prefect.supervised.launch")
 
 _WIDE = 2  # creations of a hundred runs; the server's CPU is busy then
 _ANSWERS = 2  # the first may have been read before the large one, by a server that is behind
-_PAUSE_SECONDS = 0.15  # before each small write, and after it: the large one is to outlive it
+_PAUSE_SECONDS = 0.15  # before each small write, and after the last: the large one is to outlive it
 _STOP_SECONDS = 2.0
 _AGAIN_SECONDS = 600.0  # after which another server may be behind the address
 
@@ -36,7 +36,7 @@ class LargeWrite:
 
     Args:
         is_alone: Whether no other has been beside it so far.
-        asked: When the small write beside it was sent that it is to outlive.
+        asked: When the small one beside it was sent that has not been answered.
     """
 
     is_alone: bool
@@ -122,8 +122,8 @@ class Writers:
             finding_out = asyncio.create_task(self._find_out(small, this))
             try:
                 yield this
-                if this.asked and _clock.monotonic() - this.asked > 2 * _PAUSE_SECONDS:
-                    self._settle(1)  # it was answered when this was over, if at all
+                if this.asked and _clock.monotonic() - this.asked > _PAUSE_SECONDS:
+                    self._settle(1)
             finally:
                 self._under_way.remove(this)
                 finding_out.cancel()
@@ -145,18 +145,22 @@ class Writers:
             logger.debug("A small write beside a large one failed", exc_info=True)
             self._settle(1)
         else:
+            # On SQLite one that is thrown out holds nobody up, either: if nothing comes of this
+            # one, it has deceived.
+            large.is_alone = False
             self._settle(_WIDE)
 
     async def _ask(self, small: Callable[[], Awaitable[object]], large: LargeWrite) -> None:
         """Return once small writes have been answered that the large one has outlived."""
         answers = 0
-        while answers < _ANSWERS or large.asked:
+        while answers < _ANSWERS:
             await anyio.sleep(_PAUSE_SECONDS)
-            large.asked = None
-            if answers < _ANSWERS and self._turn.statistics().tasks_waiting:
+            if self._turn.statistics().tasks_waiting:
                 large.asked = _clock.monotonic()
                 await small()
+                large.asked = None
                 answers += 1
+        await anyio.sleep(_PAUSE_SECONDS)
 
     def _settle(self, width: int) -> None:
         logger.debug("Large writes at a time from now on: %d", width)

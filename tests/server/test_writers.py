@@ -20,8 +20,7 @@ from supervised._api import RunRequest, open_orchestrator
 from supervised.testing import local_server
 
 pytestmark = pytest.mark.server
-BATCHES = 4
-MANY = BATCHES * 50
+MANY = 300
 
 
 @flow(name="writers-parent")
@@ -81,9 +80,8 @@ def seen(monkeypatch):
 
 
 def create(world):
-    """Create many runs at once; return the parent, and what is then known of the server."""
-    flow_id = world.client.create_flow(child_flow)
-    world.client.create_deployment(flow_id, "writers")
+    """Create many runs at once; return their parent."""
+    world.client.create_deployment(world.client.create_flow(child_flow), "writers")
     parent = world.client.create_flow_run(parent_flow, state=Running()).id
 
     async def run():
@@ -107,26 +105,24 @@ def create(world):
                 *(api.create_deployment_run(found, request) for request in requests)
             )
             assert len({run.id for run in runs}) == MANY
-            return api._writers
 
-    return parent, asyncio.run(run())
+    asyncio.run(run())
+    return parent
 
 
 def test_as_many_creations_go_side_by_side_as_the_database_has_writers(
     world, kind, seen, monkeypatch
 ):
-    monkeypatch.setattr("supervised._api.BULK_CREATION_LIMIT", MANY // BATCHES)
-    if kind == "postgresql":  # so that it is found out on a machine of any speed
-        monkeypatch.setattr("supervised._writers._PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("supervised._writers._AGAIN_SECONDS", 1.0)
     monkeypatch.setattr("supervised._bulk._RECORDED_SECONDS", 60.0)
     monkeypatch.setattr("supervised._bulk._PAUSES", (0.0, *[0.3] * 20))
-    parent, known = create(world)
-    assert len(world.tree(parent)) == 1 + MANY
-    assert seen["POST flows"] >= 1, "it was found out"
+    writers = {"sqlite": 1, "postgresql": 2}[kind]
+    # A creation that is quick tells nothing, nor does one on a server that is busy otherwise.
+    for _ in range(5):
+        parent = create(world)
+        assert len(world.tree(parent)) == 1 + MANY
+        if seen["most at a time"] == writers:
+            break
+    assert seen["most at a time"] == writers
     flows = {each.name for each in world.client.read_flows()}
-    assert flows == {"writers-parent", "writers-child"}, "and that has changed nothing"
-    if kind == "postgresql":
-        assert known.width == seen["most at a time"] == 2
-    else:
-        assert known.width == seen["most at a time"] == 1
-        assert known.is_known
+    assert flows == {"writers-parent", "writers-child"}, "what was written has changed nothing"

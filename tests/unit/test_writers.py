@@ -240,6 +240,26 @@ def test_a_small_write_that_cannot_be_ended_is_not_waited_for_for_ever():
     play(story())
 
 
+def test_what_has_told_of_several_and_led_to_nothing_has_deceived():
+    """On SQLite a large write that is thrown out has no lock, and holds no small one up."""
+
+    async def story():
+        writers = Writers()
+
+        async def thrown_out():
+            async with writers.large(lambda: anyio.sleep(SMALL_SECONDS)) as this:
+                await anyio.sleep(LARGE_SECONDS)
+            return this
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(thrown_out)
+            tasks.start_soon(thrown_out)
+            first = await thrown_out()
+        assert not first.is_alone
+
+    play(story())
+
+
 def test_what_was_lost_beside_another_is_followed_by_one_at_a_time():
     async def story():
         writers, database = Writers(), Database(writers=4)
