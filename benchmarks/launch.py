@@ -109,7 +109,7 @@ async def floor(children: int, width: int = 1) -> tuple[int, Meter]:
             with metered() as meter:
                 found = await client.read_deployment_by_name(DEPLOYMENT)
                 while some := list(itertools.islice(batches, width)):
-                    tracked = await asyncio.gather(*(track(client, each, looks) for each in some))
+                    tracked = [await track(client, each, looks) for each in some]
                     async with anyio.create_task_group() as creators:
                         for each in tracked:
                             creators.start_soon(create, client, found.id, each)

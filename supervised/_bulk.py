@@ -126,7 +126,6 @@ class BulkCreation:
     _is_offered: bool = True
     _events_again: float = -math.inf
     _looks: Looks = attrs.field(factory=Looks)
-    _looking: anyio.Lock = attrs.field(factory=anyio.Lock, init=False)
 
     async def create(
         self, deployment: Deployment, requests: Sequence[RunRequest]
@@ -187,8 +186,8 @@ class BulkCreation:
     ) -> Sequence[RunRequest]:
         """Return those requests whose runs can be created: those that need one have a task run."""
         linked = [each for each in requests if each.is_linked]
-        if not linked or _clock.monotonic() < self._events_again:
-            return [each for each in requests if not each.is_linked]
+        if not linked:
+            return requests
         async with self._writers.recording():
             tracked = await self._track(deployment, linked)
         return [each for each in requests if not each.is_linked or each.tracking_id in tracked]
@@ -229,6 +228,8 @@ class BulkCreation:
         Returns:
             The ids of those that the server has recorded.
         """
+        if _clock.monotonic() < self._events_again:
+            return set()
         task = self._tracking_task(deployment)
         events = [compat.task_run_event(tracking_task_run(task, each)) for each in requests]
         try:
@@ -252,26 +253,20 @@ class BulkCreation:
     async def _wait_until_recorded(self, ids: Sequence[UUID]) -> set[UUID]:
         """Count until all are there, which costs the server little; read only if some are not."""
         began = _clock.monotonic()
+        until = began + _RECORDED_SECONDS + len(ids) * _RECORDED_SECONDS_EACH
+        pause, looks = self._looks.first(len(ids)), [Look()]
         chosen = TaskRunFilter(id=TaskRunFilterId(any_=list(ids)))
-        async with self._looking:  # what was sent first is recorded first
-            if await self._are_recorded(chosen, len(ids), began):
-                return set(ids)
-        task_runs = await self._client.read_task_runs(task_run_filter=chosen, limit=_PAGE)
-        return {task_run.id for task_run in task_runs}
-
-    async def _are_recorded(self, chosen: TaskRunFilter, count: int, began: float) -> bool:
-        until = _clock.monotonic() + _RECORDED_SECONDS + count * _RECORDED_SECONDS_EACH
         body = {"task_runs": chosen.model_dump(mode="json", exclude_unset=True)}
-        due, looks = began + self._looks.first(count), [Look()]
         while _clock.monotonic() < until:
-            await anyio.sleep(max(0.0, due - _clock.monotonic()))
+            await anyio.sleep(pause)
             response = await self._client.request("POST", "/task_runs/count", json=body)
             looks.append(Look(_clock.monotonic() - began, response.json()))
-            if looks[-1].recorded == count:
+            if looks[-1].recorded == len(ids):
                 self._looks.learn(looks[1], looks[-1])
-                return True
-            due = _clock.monotonic() + self._looks.again(count, *looks[-2:])
-        return False
+                return set(ids)
+            pause = self._looks.again(len(ids), *looks[-2:])
+        task_runs = await self._client.read_task_runs(task_run_filter=chosen, limit=_PAGE)
+        return {task_run.id for task_run in task_runs}
 
 
 _BULK_ROUTE: Any = "/deployments/{id}/create_flow_run/bulk"  # not in the client's Literal of routes

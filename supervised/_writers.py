@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import anyio
@@ -43,17 +43,6 @@ class LargeWrite:
     asked: float | None = None
 
 
-@attrs.define(eq=False)
-class _Recording:
-    """What is recorded together, in one turn.
-
-    Args:
-        parts: How many parts of it are under way.
-    """
-
-    parts: int = 0
-
-
 class Writers:
     """Lets one large write through at a time, or two where the server takes them.
 
@@ -64,7 +53,6 @@ class Writers:
         self.write = anyio.CapacityLimiter(1)
         """What each request of a launch waits for that writes."""
         self._turn = anyio.CapacityLimiter(1)
-        self._recording: _Recording | None = None
         self._known_until = -math.inf
         self._under_way: list[LargeWrite] = []
 
@@ -82,29 +70,10 @@ class Writers:
     async def recording(self) -> AsyncIterator[None]:
         """Have something recorded in the block that the server is sent, and records by and by.
 
-        Together with what else is recorded, and not beside a large write unless the server takes
-        two of those: SQLite would lose it.
+        Not beside a large write unless the server takes two of those: SQLite would lose it.
         """
-        if self.width > 1:
+        async with self._turn if self.width == 1 else nullcontext():
             yield
-            return
-        recording = self._recording
-        if recording is None:
-            recording = _Recording()
-            try:
-                self._turn.acquire_on_behalf_of_nowait(recording)
-            except anyio.WouldBlock:
-                await self._turn.acquire_on_behalf_of(recording)
-            self._recording = recording
-        recording.parts += 1
-        try:
-            yield
-        finally:
-            recording.parts -= 1
-            if not recording.parts:
-                self._turn.release_on_behalf_of(recording)
-                if self._recording is recording:
-                    self._recording = None
 
     @asynccontextmanager
     async def large(self, small: Callable[[], Awaitable[object]]) -> AsyncIterator[LargeWrite]:

@@ -331,23 +331,23 @@ async def record(writers, seconds, log):
         log.append("end")
 
 
-def test_what_is_recorded_is_recorded_together_and_nothing_large_is_written_meanwhile():
+def test_what_waits_is_recorded_before_and_not_beside_a_large_write():
     async def story():
         writers, database, log = Writers(), Database(writers=1), []
 
-        async def large():
+        async def launch():
+            await record(writers, 1.0, log)
             async with writers.large(database.write_small):
                 log.append("large")
                 await database.write_large()
                 log.append("written")
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(record, writers, 1.0, log)
-            tasks.start_soon(large)
-            tasks.start_soon(record, writers, 2.0, log)
+            tasks.start_soon(launch)
+            tasks.start_soon(launch)
             await anyio.sleep(4.0)
             tasks.start_soon(record, writers, 1.0, log)
-        assert log == ["begin", "begin", "end", "end", "large", "written", "begin", "end"]
+        assert log == [*["begin", "end"] * 2, *["large", "written"] * 2, "begin", "end"]
 
     play(story())
 
