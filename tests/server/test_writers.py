@@ -20,7 +20,7 @@ from supervised._api import RunRequest, open_orchestrator
 from supervised.testing import local_server
 
 pytestmark = pytest.mark.server
-MANY = 300
+MANY = 200  # two requests
 
 
 @flow(name="writers-parent")
