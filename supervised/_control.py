@@ -164,7 +164,7 @@ class ControlPlane(Plane[S]):
     """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
-    _running: ClassVar[dict[str, ControlPlane[Any]]] = {}
+    _running: ClassVar[list[ControlPlane[Any]]] = []
 
     def __init__(self, services: Callable[[], AbstractAsyncContextManager[S]]) -> None:
         super().__init__(services)
@@ -181,11 +181,14 @@ class ControlPlane(Plane[S]):
     @classmethod
     def acquire(cls, services: Callable[[], AbstractAsyncContextManager[S]]) -> Self:
         """Return the running plane for the current settings, started if need be."""
-        key = str(get_settings_context().settings.hash_key())
+        settings = get_settings_context().settings  # compared, because their hash takes 50 ms
         with cls._lock:
-            plane = cls._running.get(key)
-            if plane is None or plane._users == 0:
-                plane = cls._running[key] = cls(services)
+            for plane in cls._running:
+                if plane._settings.settings == settings:
+                    break
+            else:
+                plane = cls(services)
+                cls._running.append(plane)
                 plane._thread.start()
             plane._users += 1
         plane._ready.wait()
@@ -197,9 +200,8 @@ class ControlPlane(Plane[S]):
             self._users -= 1
             if self._users:
                 return None
-            for key, plane in list(self._running.items()):
-                if plane is self:
-                    del self._running[key]
+            if self in self._running:  # not in a child that was forked
+                self._running.remove(self)
         return super().release()
 
     def is_current_thread(self) -> bool:
@@ -283,12 +285,12 @@ def _resolve(
 def _forget_after_fork() -> None:
     """Drop planes whose threads did not come along into this process."""
     ControlPlane._lock = threading.Lock()
-    ControlPlane._running = {}
+    ControlPlane._running = []
 
 
 def _stop_at_exit() -> None:
     """Let planes close their connections; only an interrupted scope leaves one behind."""
-    for plane in list(ControlPlane._running.values()):
+    for plane in list(ControlPlane._running):
         plane.stop()
         plane._thread.join(_CLOSE_SECONDS)
 

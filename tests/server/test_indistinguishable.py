@@ -449,7 +449,7 @@ def test_it_has_no_thread_that_a_plain_flow_has_not(pair: Pair) -> None:
     during = zip(pair.supervised.threads, pair.plain.threads, strict=True)
     assert [ours - plain for ours, plain in during] == [set()] * len(pair.plain.threads)
     assert pair.supervised.left_behind == set()
-    assert ControlPlane._running == {}
+    assert ControlPlane._running == []
 
 
 def test_the_table_calls_hooks_of_all_five_kinds(observer: Observer) -> None:

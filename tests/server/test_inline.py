@@ -104,7 +104,7 @@ async def running(child: Child) -> None:
 def nothing_is_left():
     """Every scope gives the control plane back, whatever happened in it."""
     yield
-    assert ControlPlane._running == {}
+    assert ControlPlane._running == []
 
     def ours():
         names = [thread.name for thread in threading.enumerate()]

@@ -56,7 +56,7 @@ def _no_plane_is_left_behind():
     for thread in threads_of_planes():
         thread.join(timeout=SECONDS)  # another test's, which is ending
     yield
-    assert ControlPlane._running == {}
+    assert ControlPlane._running == []
 
 
 def let_go(plane):
@@ -137,7 +137,7 @@ def test_scopes_that_come_and_go_in_many_threads_never_find_the_plane_gone(count
     with ThreadPoolExecutor(count) as pool:
         threads = [future.result() for future in [pool.submit(scope) for _ in range(count)]]
     assert {thread.name for thread in threads} == {"supervised-control"}
-    assert ControlPlane._running == {}
+    assert ControlPlane._running == []
     assert services.opened == services.closed == len(set(threads))
 
 
