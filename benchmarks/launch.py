@@ -104,20 +104,27 @@ async def floor(children: int, width: int = 1) -> tuple[int, Meter]:
 
     @flow
     async def parent() -> tuple[int, Meter]:
-        batches, looks = batches_of(children), Looks()
         async with get_client() as client:
             with metered() as meter:
                 found = await client.read_deployment_by_name(DEPLOYMENT)
-                while some := list(itertools.islice(batches, width)):
-                    tracked = [await track(client, each, looks) for each in some]
-                    async with anyio.create_task_group() as creators:
-                        for each in tracked:
-                            creators.start_soon(create, client, found.id, each)
+                await create_all(client, found.id, children, width)
             body = {"flow_runs": {"parent_flow_run_id": {"any_": [str(flow_run.id)]}}}
             made = await client.request("POST", "/flow_runs/count", json=body)
         return made.json(), meter
 
     return await parent()
+
+
+async def create_all(
+    client: PrefectClient, deployment: UUID, children: int, width: int = 1
+) -> None:
+    """Create so many children of the flow run that this is called in."""
+    batches, looks = batches_of(children), Looks()
+    while some := list(itertools.islice(batches, width)):
+        tracked = [await track(client, each, looks) for each in some]
+        async with anyio.create_task_group() as creators:
+            for each in tracked:
+                creators.start_soon(create, client, deployment, each)
 
 
 def batches_of(children: int) -> Iterator[range]:

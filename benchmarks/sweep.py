@@ -23,7 +23,7 @@ from uuid import UUID
 
 import anyio
 import psutil
-from launch import Enough, batches_of, create_all
+from launch import Enough, create_all
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
@@ -31,7 +31,6 @@ from prefect.runtime import flow_run
 from stage import DEPLOYMENT, deploy_child, only_server, parser, set_children
 
 from supervised import supervised_flow, supervisor
-from supervised._bulk import Looks
 
 BULK = 50
 _PAGE = 200
@@ -120,7 +119,7 @@ async def floor(runs: int, width: int = 1) -> dict[str, float]:
 async def make_running(client: PrefectClient, runs: int) -> None:
     """Give the flow run that this is called in so many children that run."""
     found = await client.read_deployment_by_name(DEPLOYMENT)
-    await create_all(client, found.id, batches_of(runs), Looks())
+    await create_all(client, found.id, runs)
     await set_children(client, flow_run.id, "SCHEDULED", "RUNNING", runs)
 
 
