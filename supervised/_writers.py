@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
@@ -50,16 +50,17 @@ class Writers:
     """
 
     def __init__(self) -> None:
+        self.turn = anyio.CapacityLimiter(1)
+        """What a large write waits for, with what has to be done before it."""
         self.write = anyio.CapacityLimiter(1)
         """What each request of a launch waits for that writes."""
-        self._turn = anyio.CapacityLimiter(1)
         self._known_until = -math.inf
         self._under_way: list[LargeWrite] = []
 
     @property
     def width(self) -> int:
         """How many large writes may be under way at a time."""
-        return int(self._turn.total_tokens)
+        return int(self.turn.total_tokens)
 
     @property
     def is_known(self) -> bool:
@@ -67,23 +68,14 @@ class Writers:
         return _clock.monotonic() < self._known_until
 
     @asynccontextmanager
-    async def recording(self) -> AsyncIterator[None]:
-        """Have something recorded in the block that the server is sent, and records by and by.
-
-        Not beside a large write unless the server takes two of those: SQLite would lose it.
-        """
-        async with self._turn if self.width == 1 else nullcontext():
-            yield
-
-    @asynccontextmanager
     async def large(self, small: Callable[[], Awaitable[object]]) -> AsyncIterator[LargeWrite]:
-        """Wait for the turn of a large write, which is made in the block.
+        """Make a large write in the block, whose turn it is.
 
         Args:
             small: Makes a write that changes nothing. Called while the large one is under way and
                 another one waits for its turn, unless it is known what comes of that.
         """
-        async with self._turn, self.write:
+        async with self.write:
             this = LargeWrite(is_alone=not self._under_way)
             for other in self._under_way:
                 other.is_alone = False
@@ -124,7 +116,7 @@ class Writers:
         answers = 0
         while answers < _ANSWERS:
             await anyio.sleep(_PAUSE_SECONDS)
-            if self._turn.statistics().tasks_waiting:
+            if self.turn.statistics().tasks_waiting:
                 large.asked = _clock.monotonic()
                 await small()
                 large.asked = None
@@ -137,4 +129,4 @@ class Writers:
         self._let_through(width)
 
     def _let_through(self, width: int) -> None:
-        self._turn.total_tokens = self.write.total_tokens = width
+        self.turn.total_tokens = self.write.total_tokens = width

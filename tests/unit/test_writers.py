@@ -69,7 +69,7 @@ async def write(writers, database, count, seconds=LARGE_SECONDS):
     async def one():
         is_written = False
         while not is_written:
-            async with writers.large(database.write_small) as this:
+            async with writers.turn, writers.large(database.write_small) as this:
                 is_written = await database.write_large(seconds)
             if not is_written and not this.is_alone:
                 writers.note_lost()
@@ -149,7 +149,7 @@ def test_a_server_that_is_slow_to_answer_may_take_several_all_the_same():
             await database.write_small()
 
         async def one():
-            async with writers.large(small):
+            async with writers.turn, writers.large(small):
                 await database.write_large()
 
         async with anyio.create_task_group() as tasks:
@@ -204,7 +204,7 @@ def test_a_small_write_that_is_never_answered_holds_nobody_up():
         writers = Writers()
 
         async def large(seconds):
-            async with writers.large(anyio.sleep_forever):
+            async with writers.turn, writers.large(anyio.sleep_forever):
                 await anyio.sleep(seconds)
 
         began = asyncio.get_running_loop().time()
@@ -227,7 +227,7 @@ def test_a_small_write_that_cannot_be_ended_is_not_waited_for_for_ever():
                 await anyio.sleep(3600)
 
         async def large():
-            async with writers.large(small):
+            async with writers.turn, writers.large(small):
                 await anyio.sleep(1.0)
 
         began = asyncio.get_running_loop().time()
@@ -247,7 +247,7 @@ def test_what_has_told_of_several_and_led_to_nothing_has_deceived():
         writers = Writers()
 
         async def thrown_out():
-            async with writers.large(lambda: anyio.sleep(SMALL_SECONDS)) as this:
+            async with writers.turn, writers.large(lambda: anyio.sleep(SMALL_SECONDS)) as this:
                 await anyio.sleep(LARGE_SECONDS)
             return this
 
@@ -279,14 +279,14 @@ def test_what_was_lost_beside_another_is_followed_by_one_at_a_time():
 def test_a_large_write_knows_whether_another_was_beside_it():
     async def story():
         writers, database = Writers(), Database(writers=4)
-        async with writers.large(database.write_small) as alone:
+        async with writers.turn, writers.large(database.write_small) as alone:
             await database.write_large()
         assert alone.is_alone
         await write(writers, database, 2)
         seen = []
 
         async def one():
-            async with writers.large(database.write_small) as this:
+            async with writers.turn, writers.large(database.write_small) as this:
                 await database.write_large()
             seen.append(this.is_alone)
 
@@ -302,9 +302,9 @@ def test_what_a_large_write_raises_is_raised_as_it_is():
     async def story():
         writers = Writers()
         with pytest.raises(httpx.ConnectError, match="gone"):
-            async with writers.large(Database(writers=1).write_small):
+            async with writers.turn, writers.large(Database(writers=1).write_small):
                 raise httpx.ConnectError("gone")
-        assert writers._turn.borrowed_tokens == writers.write.borrowed_tokens == 0
+        assert writers.turn.borrowed_tokens == writers.write.borrowed_tokens == 0
         assert len(asyncio.all_tasks()) == 1
 
     play(story())
@@ -318,61 +318,7 @@ def test_who_is_cancelled_leaves_nothing_behind(seconds):
         with anyio.move_on_after(seconds):
             await write(writers, Database(writers=1), 3)
         assert asyncio.get_running_loop().time() - began == pytest.approx(seconds)
-        assert writers._turn.borrowed_tokens == writers.write.borrowed_tokens == 0
+        assert writers.turn.borrowed_tokens == writers.write.borrowed_tokens == 0
         assert len(asyncio.all_tasks()) == 1
-
-    play(story())
-
-
-async def record(writers, seconds, log):
-    async with writers.recording():
-        log.append("begin")
-        await anyio.sleep(seconds)
-        log.append("end")
-
-
-def test_what_waits_is_recorded_before_and_not_beside_a_large_write():
-    async def story():
-        writers, database, log = Writers(), Database(writers=1), []
-
-        async def launch():
-            await record(writers, 1.0, log)
-            async with writers.large(database.write_small):
-                log.append("large")
-                await database.write_large()
-                log.append("written")
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(launch)
-            tasks.start_soon(launch)
-            await anyio.sleep(4.0)
-            tasks.start_soon(record, writers, 1.0, log)
-        assert log == [*["begin", "end"] * 2, *["large", "written"] * 2, "begin", "end"]
-
-    play(story())
-
-
-def test_where_the_server_takes_several_what_is_recorded_waits_for_nothing():
-    async def story():
-        writers, database, log = Writers(), Database(writers=4), []
-        await write(writers, database, 2)
-        async with writers.large(database.write_small):
-            await record(writers, 1.0, log)
-        assert log == ["begin", "end"]
-
-    play(story())
-
-
-@pytest.mark.parametrize("seconds", [0.5, 1.5])
-def test_who_is_cancelled_while_it_records_holds_nobody_up(seconds):
-    async def story():
-        writers, log = Writers(), []
-        with anyio.move_on_after(seconds):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(record, writers, 1.0, log)
-                tasks.start_soon(record, writers, 3600.0, log)
-        assert writers._turn.borrowed_tokens == 0
-        await record(writers, 1.0, log)
-        assert log[-2:] == ["begin", "end"]
 
     play(story())
