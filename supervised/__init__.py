@@ -18,7 +18,7 @@ General layout, every module importing only from those below it:
 - `_finished`, `_child`: one that is over, and any one.
 - `_host`: the process that all of this runs in.
 - `_api`, `_bulk`, `_batch`: Prefect's client, and how it asks for many things at once.
-- `_pace`, `_budget`: how many requests there are at a time, and in a minute.
+- `_pace`, `_writers`, `_budget`: how many requests there are at a time, and in a minute.
 - `_telemetry`, `_control`: OpenTelemetry, the thread.
 - `_proxy`, `_context`, `_hooks`, `_compat`: what is current; user hooks; Prefect's private parts.
 - `_bell`, `_clock`, `_lean`, `_log`: what signals come, what time it is, what memory can be
