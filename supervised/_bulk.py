@@ -163,7 +163,7 @@ class BulkCreation:
             except PrefectHTTPStatusError:
                 logger.debug("Reading what was created failed", exc_info=True)
                 break
-            if not read and not this.is_alone:
+            if not read and this.is_evidence:
                 self._writers.note_lost()
             found |= read
             missing = [request for request in missing if request.idempotency_key not in found]

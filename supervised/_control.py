@@ -181,7 +181,9 @@ class ControlPlane(Plane[S]):
     @classmethod
     def acquire(cls, services: Callable[[], AbstractAsyncContextManager[S]]) -> Self:
         """Return the running plane for the current settings, started if need be."""
-        settings = get_settings_context().settings  # compared, because their hash takes 50 ms
+        settings = (
+            get_settings_context().settings
+        )  # compared: their hash takes 0.1 s on a slow machine
         with cls._lock:
             for plane in cls._running:
                 if plane._settings.settings == settings:

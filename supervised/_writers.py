@@ -35,11 +35,11 @@ class LargeWrite:
     """A large write that is under way.
 
     Args:
-        is_alone: Whether no other has been beside it so far.
+        is_evidence: Whether it speaks against two at a time if nothing comes of it.
         asked: When the small one beside it was sent that has not been answered.
     """
 
-    is_alone: bool
+    is_evidence: bool
     asked: float | None = None
 
 
@@ -76,9 +76,9 @@ class Writers:
                 another one waits for its turn, unless it is known what comes of that.
         """
         async with self.write:
-            this = LargeWrite(is_alone=not self._under_way)
+            this = LargeWrite(is_evidence=bool(self._under_way))
             for other in self._under_way:
-                other.is_alone = False
+                other.is_evidence = True
             self._under_way.append(this)
             finding_out = asyncio.create_task(self._find_out(small, this))
             try:
@@ -108,7 +108,7 @@ class Writers:
         else:
             # On SQLite one that is thrown out holds nobody up, either: if nothing comes of this
             # one, it has deceived.
-            large.is_alone = False
+            large.is_evidence = True
             self._settle(_WIDE)
 
     async def _ask(self, small: Callable[[], Awaitable[object]], large: LargeWrite) -> None:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from uuid import uuid4
 
+import attrs
 import httpx
 import pytest
 from prefect import flow
@@ -84,6 +85,21 @@ def requested(monkeypatch):
     return counts
 
 
+def request_for(parent, part):
+    """Return the request for one child of a run."""
+    return RunRequest(
+        name=f"part-{part}",
+        parameters={"part": part},
+        tags=["bulk"],
+        labels={"part": part},
+        idempotency_key=f"bulk:{parent}:{part}",
+        parent_run_id=parent,
+        tracking_key=f"part-{part}:0",
+        tracking_id=uuid4(),
+        task_inputs={},
+    )
+
+
 def create(world, deployment, *, parameters=lambda part: {"part": part}, refuse=None):
     """Create many runs at once; return the parent and the runs, or what they led to."""
     parent = world.client.create_flow_run(parent_flow, state=Running()).id
@@ -95,17 +111,7 @@ def create(world, deployment, *, parameters=lambda part: {"part": part}, refuse=
                 http._transport = Refusal(http._transport, *refuse)
             found = await api.read_deployment(deployment)
             requests = [
-                RunRequest(
-                    name=f"part-{part}",
-                    parameters=parameters(part),
-                    tags=["bulk"],
-                    labels={"part": part},
-                    idempotency_key=f"bulk:{parent}:{part}",
-                    parent_run_id=parent,
-                    tracking_key=f"part-{part}:0",
-                    tracking_id=uuid4(),
-                    task_inputs={},
-                )
+                attrs.evolve(request_for(parent, part), parameters=parameters(part))
                 for part in range(MANY)
             ]
             return await asyncio.gather(

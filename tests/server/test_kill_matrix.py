@@ -23,7 +23,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-from support.postgres import find_binaries, local_postgres
+from support.databases import settings_for
 from support.world import FLOWS, World, eventually
 from test_runners import RUNNER, names_of_deployments
 
@@ -130,13 +130,7 @@ def stage(request, tmp_path_factory) -> Iterator[Stage]:
     """Both databases, and both kinds of runners."""
     database, kind = request.param.split("-")
     with contextlib.ExitStack() as stack:
-        settings = {}
-        if database == "postgresql":
-            binaries = find_binaries()
-            if binaries is None:  # where there are some, as in CI, nothing is skipped
-                pytest.skip("there are no binaries of PostgreSQL on this machine")
-            url = stack.enter_context(local_postgres(binaries))
-            settings["PREFECT_API_DATABASE_CONNECTION_URL"] = url
+        settings = stack.enter_context(settings_for(database))
         home = tmp_path_factory.mktemp(request.param)
         made = Stage(home, settings, kind)
         stack.callback(made.stop)

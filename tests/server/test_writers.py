@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -13,10 +12,11 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Running
-from support.postgres import find_binaries, local_postgres
+from support.databases import settings_for
 from support.world import World
+from test_bulk import request_for
 
-from supervised._api import RunRequest, open_orchestrator
+from supervised._api import open_orchestrator
 from supervised.testing import local_server
 
 pytestmark = pytest.mark.server
@@ -42,13 +42,7 @@ def kind(request):
 def world(kind, tmp_path):
     """A server of its own, on either database."""
     with contextlib.ExitStack() as stack:
-        settings = {}
-        if kind == "postgresql":
-            binaries = find_binaries()
-            if binaries is None:  # where there are some, as in CI, nothing is skipped
-                pytest.skip("there are no binaries of PostgreSQL on this machine")
-            url = stack.enter_context(local_postgres(binaries))
-            settings["PREFECT_API_DATABASE_CONNECTION_URL"] = url
+        settings = stack.enter_context(settings_for(kind))
         server = stack.enter_context(local_server(home=tmp_path, settings=settings))
         stack.enter_context(
             temporary_settings({PREFECT_API_URL: server.url, PREFECT_HOME: tmp_path})
@@ -87,20 +81,7 @@ def create(world):
     async def run():
         async with open_orchestrator() as api:
             found = await api.read_deployment("writers-child/writers")
-            requests = [
-                RunRequest(
-                    name=None,
-                    parameters={"part": part},
-                    tags=[],
-                    labels={},
-                    idempotency_key=f"writers:{parent}:{part}",
-                    parent_run_id=parent,
-                    tracking_key=f"part-{part}:0",
-                    tracking_id=uuid4(),
-                    task_inputs={},
-                )
-                for part in range(MANY)
-            ]
+            requests = [request_for(parent, part) for part in range(MANY)]
             runs = await asyncio.gather(
                 *(api.create_deployment_run(found, request) for request in requests)
             )

@@ -71,7 +71,7 @@ async def write(writers, database, count, seconds=LARGE_SECONDS):
         while not is_written:
             async with writers.turn, writers.large(database.write_small) as this:
                 is_written = await database.write_large(seconds)
-            if not is_written and not this.is_alone:
+            if not is_written and this.is_evidence:
                 writers.note_lost()
 
     async with anyio.create_task_group() as tasks:
@@ -255,7 +255,7 @@ def test_what_has_told_of_several_and_led_to_nothing_has_deceived():
             tasks.start_soon(thrown_out)
             tasks.start_soon(thrown_out)
             first = await thrown_out()
-        assert not first.is_alone
+        assert first.is_evidence
 
     play(story())
 
@@ -276,24 +276,24 @@ def test_what_was_lost_beside_another_is_followed_by_one_at_a_time():
     play(story())
 
 
-def test_a_large_write_knows_whether_another_was_beside_it():
+def test_a_large_write_is_evidence_if_another_was_beside_it():
     async def story():
         writers, database = Writers(), Database(writers=4)
         async with writers.turn, writers.large(database.write_small) as alone:
             await database.write_large()
-        assert alone.is_alone
+        assert not alone.is_evidence
         await write(writers, database, 2)
         seen = []
 
         async def one():
             async with writers.turn, writers.large(database.write_small) as this:
                 await database.write_large()
-            seen.append(this.is_alone)
+            seen.append(this.is_evidence)
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(one)
             tasks.start_soon(one)
-        assert seen == [False, False]
+        assert seen == [True, True]
 
     play(story())
 
