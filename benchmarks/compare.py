@@ -343,16 +343,16 @@ def page(results: Mapping[str, Any]) -> str:
 NAMES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 INTRODUCTION = """# Benchmarks
 
-How supervised trees compare with plain Prefect, with the forum's recipe (a hook on every level
-that cancels the next), and with the floor: the same work, asked of the same server in the best
-known way. Each ratio is from one run of one script: the median of the ratios of its repetitions,
-where both were repeated as often. Seconds and counts are medians, with the range in brackets if
-something was measured more than once. "8 leaves" is a root with eight children; "3 levels, 13 runs"
-one with three, and three below each; "1 level" to "3 levels" are one child below the other. While
-launches, cancelling 500 runs and overhead are measured, the server does not look every 20 s whether
-the parents of live children have been cancelled ([Scale](explanation/scale.md)). Ours checks
-parameters against the deployment's schema before it sends them, so that the server need not; the
-floor, which sends what fits, has the server not check either.
+How supervised trees compare with plain Prefect, with the forum's recipe (a hook on every level that
+cancels the next), and with the floor: the same work, asked of the same server in the best known
+way. Each ratio is from one script, in which the contenders take turns: the median of the ratios of
+its repetitions, where both were repeated as often. Seconds and counts are medians, with the range
+in brackets if something was measured more than once. "8 leaves" is a root with eight children; "3
+levels, 13 runs" one with three, and three below each; "1 level" to "3 levels" are one child below
+the other. While launches, cancelling 500 runs and overhead are measured, the server does not look
+every 20 s whether the parents of live children have been cancelled ([Scale](explanation/scale.md)).
+Ours checks parameters against the deployment's schema before it sends them, so that the server need
+not; the floor, which sends what fits, has the server not check either.
 
 Everything here is written by `python benchmarks/compare.py`, which can measure one benchmark at a
 time, so the dates may differ. A figure that misses its target stays. A supervised child that waits
