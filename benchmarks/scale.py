@@ -195,8 +195,9 @@ def requests_to_cancel(size: int) -> int:
 
 def requests_to_wait(rates: Rates, size: int) -> int:
     """What all parents read of their children in a minute, and all children of what is above."""
-    each = 60 / wait(rates, size).value * pages(min(size, rates.fan_out) + 1)
-    return round(parents(rates, size) * each + 60 * signs_of_life(rates, size))
+    above = parents(rates, size)
+    reads = above * pages(math.ceil(sum(levels(rates, size)) / above) + 1)
+    return round(60 / wait(rates, size).value * reads + 60 * signs_of_life(rates, size))
 
 
 def signs_of_life(rates: Rates, size: int) -> float:
@@ -213,9 +214,12 @@ def longest(rates: Rates, requests: float, *others: Estimate) -> Estimate:
 
 
 def launch(rates: Rates, size: int) -> Estimate:
-    """Seconds until every run exists. A parent has one request at a time for one server."""
-    at_once = min(rates.servers, max(1, levels(rates, size)[-1] // rates.fan_out))
-    server = Estimate(size * rates.create / at_once, "the CPU of the API servers")
+    """Seconds until every run exists.
+
+    One parent is taken to keep one server busy, though it may have two requests under way.
+    """
+    by_one_server = max(size / rates.servers, min(size, rates.fan_out))
+    server = Estimate(by_one_server * rates.create, "the CPU of the API servers")
     own = len(levels(rates, size)) * min(size, rates.fan_out) * rates.cpu
     parent = Estimate(own, "the CPU of a parent")
     return longest(rates, requests_to_launch(rates, size), server, parent)
@@ -242,7 +246,7 @@ def wait(rates: Rates, size: int) -> Estimate:
 
 def share(rates: Rates, size: int) -> Estimate:
     """Per cent of the API servers' time that waiting takes."""
-    reading = parents(rates, size) * min(size, rates.fan_out) * rates.read / wait(rates, size).value
+    reading = sum(levels(rates, size)) * rates.read / wait(rates, size).value
     leases = signs_of_life(rates, size) * rates.request
     cause = "leases, which parents renew and children read" if leases > reading else "reading"
     return Estimate(100 * (reading + leases) / rates.servers, cause)

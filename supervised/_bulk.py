@@ -1,7 +1,7 @@
 """Many runs in few requests: what the launch of many children asks of the server.
 
 By one request each, a run of a deployment costs three: its tracking task run, itself, and what the
-client asks before. In bulk a hundred cost five or so. Nothing here has to succeed: what the server
+client asks before. In bulk a hundred cost ten or so. Nothing here has to succeed: what the server
 has not made in bulk, whatever the reason, is left to be asked for by itself.
 """
 
@@ -207,10 +207,19 @@ class BulkCreation:
             if exc.response.status_code in _MISSING and not has_route:
                 self._is_offered = False  # before 3.6.16, or not offered here
             return []
-        results = response.json()["results"]
-        if errors := {result["error"] for result in results if result["error"]}:
-            logger.debug("Not created in bulk: %s", errors)
-        return [UUID(result["flow_run_id"]) for result in results if result["flow_run_id"]]
+        try:
+            results = response.json()["results"]
+            if errors := {result["error"] for result in results if result["error"]}:
+                logger.debug("Not created in bulk: %s", errors)
+            return [UUID(result["flow_run_id"]) for result in results if result["flow_run_id"]]
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ):  # by a proxy, perhaps, and they may be there
+            logger.debug("What the bulk creation was answered makes no sense", exc_info=True)
+            return []
 
     async def _write_nothing(self, deployment: Deployment) -> None:
         """Have the deployment's flow created, as whoever deploys it does: it is there already.
@@ -242,7 +251,7 @@ class BulkCreation:
             return set()
         try:
             recorded = await self._wait_until_recorded([each.tracking_id for each in requests])
-        except PrefectHTTPStatusError:
+        except (PrefectHTTPStatusError, ValueError, TypeError):  # or no answer of the server's
             logger.debug("Looking for %d task runs failed", len(events), exc_info=True)
             return set()
         if len(recorded) < len(events):

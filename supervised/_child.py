@@ -171,6 +171,7 @@ class Child(PrefectFuture[R], Generic[R]):
     _callbacks: list[Callback] | None = attrs.field(default=None, init=False)
     _flow_run: FlowRun | None = attrs.field(default=None, init=False)
     _tracking_id: UUID | None = attrs.field(default=None, init=False)
+    _tracked_generation: int = attrs.field(default=0, init=False)
     _state: State[Any] | None = attrs.field(default=None, init=False)
     _outcome: Outcome | None = attrs.field(default=None, init=False)
     _value: Any = attrs.field(default=_NO_RESULT, init=False)
@@ -436,9 +437,13 @@ class Child(PrefectFuture[R], Generic[R]):
         return self._exception
 
     def new_tracking_id(self) -> UUID:
-        """Return the id for the tracking task run of the current generation."""
-        if self.generation:
-            self._tracking_id = None
+        """Return the id for the tracking task run of the current generation, each time the same.
+
+        The server knows a task run by its key too, which names the generation: what is recorded
+        again under another id keeps the one it has, and would be waited for in vain.
+        """
+        if self._tracked_generation != self.generation:
+            self._tracked_generation, self._tracking_id = self.generation, None
         return self._own_tracking_id()
 
     def _own_tracking_id(self) -> UUID:

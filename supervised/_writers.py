@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import anyio
@@ -20,6 +21,8 @@ from supervised._log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    import httpx
 
 logger = get_logger("prefect.supervised.launch")
 
@@ -37,10 +40,26 @@ class LargeWrite:
     Args:
         is_evidence: Whether it speaks against two at a time if nothing comes of it.
         asked: When the small one beside it was sent that has not been answered.
+        was_refused: Whether the server has refused it once, and the client may send it again.
     """
 
     is_evidence: bool
     asked: float | None = None
+    was_refused: bool = False
+
+
+_current: ContextVar[LargeWrite | None] = ContextVar("supervised_large_write", default=None)
+
+
+async def note_response(response: httpx.Response) -> None:
+    """Take note of a large write that is refused: a response hook of the client that makes it.
+
+    What is answered with 429, 502 or 503 the client sends again, 2 s later and more. Until then
+    nothing is under way, and a small write that is answered at once says nothing.
+    """
+    large = _current.get()
+    if large is not None and response.is_error:
+        large.was_refused = True
 
 
 class Writers:
@@ -81,11 +100,13 @@ class Writers:
                 other.is_evidence = True
             self._under_way.append(this)
             finding_out = asyncio.create_task(self._find_out(small, this))
+            token = _current.set(this)  # after that task has its context: the small one is not it
             try:
                 yield this
                 if this.asked and _clock.monotonic() - this.asked > _PAUSE_SECONDS:
                     self._settle(1)
             finally:
+                _current.reset(token)
                 self._under_way.remove(this)
                 finding_out.cancel()
                 with anyio.CancelScope(shield=True):
@@ -106,6 +127,8 @@ class Writers:
             logger.debug("A small write beside a large one failed", exc_info=True)
             self._settle(1)
         else:
+            if large.was_refused:
+                return
             # On SQLite one that is thrown out holds nobody up, either: if nothing comes of this
             # one, it has deceived.
             large.is_evidence = True

@@ -575,3 +575,16 @@ def test_prefects_list_of_futures_gathers_results(make_child):
     for number, child in enumerate(children):
         child.settle("completed", value=number)
     assert children.result(timeout=10) == [0, 1]
+
+
+def test_a_launch_that_is_tried_again_has_the_same_task_run_and_the_next_generation_another(
+    make_child,
+):
+    """The server keeps one task run for a generation, whatever id is sent the second time."""
+    child = make_child()
+    given_out = child.task_run_id
+    assert child.new_tracking_id() == child.new_tracking_id() == given_out
+    child.generation += 1
+    second = child.new_tracking_id()
+    assert second == child.new_tracking_id() == child.task_run_id
+    assert second != given_out

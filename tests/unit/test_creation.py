@@ -92,6 +92,30 @@ def create(client, values, **options):
     return asyncio.run(act())
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["<html>", {}, [], {"results": None}, {"results": ["?"]}, {"results": [{"error": None}]}]
+    + [{"results": [{"error": None, "flow_run_id": odd}]} for odd in (5, "?", ["?"])],
+)
+def test_an_answer_that_makes_no_sense_leaves_each_run_to_be_asked_for_by_itself(
+    answer, monkeypatch
+):
+    """A proxy's, perhaps: the runs may be there, and their keys find them."""
+    monkeypatch.setattr("supervised._bulk._PAUSES", (0.0,))
+
+    class Odd(Client):
+        async def request(self, method, path, *, json, path_params):
+            await super().request(method, path, json=json, path_params=path_params)
+            return httpx.Response(
+                200, **({"text": answer} if answer == "<html>" else {"json": answer})
+            )
+
+    client = Odd()
+    runs = create(client, range(MANY))
+    assert [run.idempotency_key for run in runs] == [str(n) for n in range(MANY)]
+    assert client.alone == MANY
+
+
 @pytest.mark.parametrize("bad", [object(), "\ud800"], ids=["object", "surrogate"])
 def test_parameters_that_are_no_json_fail_alone(bad):
     client = Client()

@@ -26,8 +26,7 @@ RATES = Rates(
     finished=900,
 )
 sizes = st.integers(1, 10**6)
-# More parents use more servers, and each reads on its own clock.
-names = st.sampled_from([name for name in FIGURES if name not in {"launch", "servers' time"}])
+names = st.sampled_from(list(FIGURES))
 fan_outs = st.integers(2, 10**6)
 
 
@@ -36,7 +35,7 @@ def test_a_larger_tree_never_takes_less(name, one, other, fan_out):
     rates = attrs.evolve(RATES, fan_out=fan_out)
     small, large = sorted((one, other))
     figure = FIGURES[name]
-    assert figure(rates, small).value <= figure(rates, large).value
+    assert figure(rates, small).value <= figure(rates, large).value * (1 + 1e-9)
 
 
 @given(sizes, fan_outs)

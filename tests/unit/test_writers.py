@@ -10,7 +10,7 @@ import pytest
 from support.virtual import play
 
 from supervised import _writers
-from supervised._writers import Writers
+from supervised._writers import Writers, note_response
 
 LARGE_SECONDS = 3.0
 SMALL_SECONDS = 0.02
@@ -256,6 +256,52 @@ def test_what_has_told_of_several_and_led_to_nothing_has_deceived():
             tasks.start_soon(thrown_out)
             first = await thrown_out()
         assert first.is_evidence
+
+    play(story())
+
+
+def test_beside_a_large_write_that_is_refused_and_sent_again_nothing_is_found_out():
+    """Until it is sent again nothing is under way, and SQLite answers a small one at once."""
+
+    async def story():
+        writers, database = Writers(), Database(writers=1)
+        answers = iter([503, 200])
+
+        async def answer(request):
+            return httpx.Response(next(answers))
+
+        async def large():
+            transport = httpx.MockTransport(answer)
+            hooks = {"response": [note_response]}
+            async with httpx.AsyncClient(transport=transport, event_hooks=hooks) as client:
+                async with writers.turn, writers.large(database.write_small):
+                    while (await client.get("http://prefect.test")).is_error:
+                        await anyio.sleep(2.0)  # as Prefect's client does
+                    await database.write_large()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(large)
+            await anyio.sleep(0.01)
+            tasks.start_soon(write, writers, database, 1)
+        assert database.small == 2
+        assert database.most == writers.width == 1
+
+    play(story())
+
+
+def test_a_small_write_that_is_refused_is_not_taken_for_the_large_one():
+    async def story():
+        writers = Writers()
+
+        async def small():
+            await note_response(httpx.Response(503))
+
+        async with writers.turn, writers.large(small) as this:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(write, writers, Database(writers=4), 1)
+                await anyio.sleep(1.0)
+                assert not this.was_refused
+                assert writers.width == 2
 
     play(story())
 
