@@ -177,6 +177,11 @@ def parents(rates: Rates, size: int) -> int:
     return 1 + sum(levels(rates, size)[:-1])
 
 
+def all_children(rates: Rates, size: int) -> int:
+    """Return how many children all parents have."""
+    return sum(levels(rates, size))
+
+
 def watching(rates: Rates, size: int) -> int:
     """Return how many supervised children watch what is above them."""
     above_leaves = parents(rates, size) - 1
@@ -196,7 +201,7 @@ def requests_to_cancel(size: int) -> int:
 def requests_to_wait(rates: Rates, size: int) -> int:
     """What all parents read of their children in a minute, and all children of what is above."""
     above = parents(rates, size)
-    reads = above * pages(math.ceil(sum(levels(rates, size)) / above) + 1)
+    reads = above * pages(math.ceil(all_children(rates, size) / above) + 1)
     return round(60 / wait(rates, size).value * reads + 60 * signs_of_life(rates, size))
 
 
@@ -246,7 +251,7 @@ def wait(rates: Rates, size: int) -> Estimate:
 
 def share(rates: Rates, size: int) -> Estimate:
     """Per cent of the API servers' time that waiting takes."""
-    reading = sum(levels(rates, size)) * rates.read / wait(rates, size).value
+    reading = all_children(rates, size) * rates.read / wait(rates, size).value
     leases = signs_of_life(rates, size) * rates.request
     cause = "leases, which parents renew and children read" if leases > reading else "reading"
     return Estimate(100 * (reading + leases) / rates.servers, cause)

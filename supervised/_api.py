@@ -59,7 +59,7 @@ from supervised._errors import (
 from supervised._pace import CHUNK, Pace
 from supervised._schema import ParameterSchema, parameter_schema
 from supervised._stall import Limit
-from supervised._writers import Writers, note_response
+from supervised._writers import Writers, note_refusal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -242,7 +242,7 @@ async def open_orchestrator() -> AsyncIterator[PrefectOrchestrator]:
         NoApiError: If no API is configured and an ephemeral one may not be started.
     """
     budget = RequestBudget()
-    hooks = {"request": [budget.before], "response": [budget.after, note_response]}
+    hooks = {"request": [budget.before], "response": [budget.after, note_refusal]}
     try:
         client = get_client(httpx_settings={"event_hooks": hooks})
     except ValueError as exc:

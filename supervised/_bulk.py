@@ -29,6 +29,7 @@ from supervised._log import get_logger
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+    import httpx
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import FlowRun
     from prefect.tasks import Task
@@ -52,6 +53,8 @@ _MOST_LOOK_SECONDS = 1.0
 _RECOVERY_SECONDS = 60.0  # for a server that does not record events, or is far behind
 _CHECK_SECONDS = 0.1  # for a batch; half a millisecond each, if it is models that are checked
 _MISSING = {403, 404, 405, 501}
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading an answer raises that is a proxy's, not the server's."""
 
 
 @attrs.frozen
@@ -208,16 +211,8 @@ class BulkCreation:
                 self._is_offered = False  # before 3.6.16, or not offered here
             return []
         try:
-            results = response.json()["results"]
-            if errors := {result["error"] for result in results if result["error"]}:
-                logger.debug("Not created in bulk: %s", errors)
-            return [UUID(result["flow_run_id"]) for result in results if result["flow_run_id"]]
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ):  # by a proxy, perhaps, and they may be there
+            return _created(response)
+        except _NONSENSE:
             logger.debug("What the bulk creation was answered makes no sense", exc_info=True)
             return []
 
@@ -251,7 +246,7 @@ class BulkCreation:
             return set()
         try:
             recorded = await self._wait_until_recorded([each.tracking_id for each in requests])
-        except (PrefectHTTPStatusError, ValueError, TypeError):  # or no answer of the server's
+        except (PrefectHTTPStatusError, *_NONSENSE):
             logger.debug("Looking for %d task runs failed", len(events), exc_info=True)
             return set()
         if len(recorded) < len(events):
@@ -280,6 +275,14 @@ class BulkCreation:
 
 
 _BULK_ROUTE: Any = "/deployments/{id}/create_flow_run/bulk"  # not in the client's Literal of routes
+
+
+def _created(response: httpx.Response) -> list[UUID]:
+    """Return the ids of the runs that a bulk creation says it has made."""
+    results = response.json()["results"]
+    if errors := {result["error"] for result in results if result["error"]}:
+        logger.debug("Not created in bulk: %s", errors)
+    return [UUID(result["flow_run_id"]) for result in results if result["flow_run_id"]]
 
 
 def _is_sendable(request: RunRequest) -> bool:

@@ -51,7 +51,7 @@ class LargeWrite:
 _current: ContextVar[LargeWrite | None] = ContextVar("supervised_large_write", default=None)
 
 
-async def note_response(response: httpx.Response) -> None:
+async def note_refusal(response: httpx.Response) -> None:
     """Take note of a large write that is refused: a response hook of the client that makes it.
 
     What is answered with 429, 502 or 503 the client sends again, 2 s later and more. Until then

@@ -10,7 +10,7 @@ import pytest
 from support.virtual import play
 
 from supervised import _writers
-from supervised._writers import Writers, note_response
+from supervised._writers import Writers, note_refusal
 
 LARGE_SECONDS = 3.0
 SMALL_SECONDS = 0.02
@@ -272,7 +272,7 @@ def test_beside_a_large_write_that_is_refused_and_sent_again_nothing_is_found_ou
 
         async def large():
             transport = httpx.MockTransport(answer)
-            hooks = {"response": [note_response]}
+            hooks = {"response": [note_refusal]}
             async with httpx.AsyncClient(transport=transport, event_hooks=hooks) as client:
                 async with writers.turn, writers.large(database.write_small):
                     while (await client.get("http://prefect.test")).is_error:
@@ -294,7 +294,7 @@ def test_a_small_write_that_is_refused_is_not_taken_for_the_large_one():
         writers = Writers()
 
         async def small():
-            await note_response(httpx.Response(503))
+            await note_refusal(httpx.Response(503))
 
         async with writers.turn, writers.large(small) as this:
             async with anyio.create_task_group() as tasks:
