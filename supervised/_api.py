@@ -29,7 +29,13 @@ from prefect.client.schemas.filters import (
     TaskRunFilter,
     TaskRunFilterId,
 )
-from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State, StateType
+from prefect.client.schemas.objects import (
+    DeploymentStatus,
+    FlowRun,
+    FlowRunPolicy,
+    State,
+    StateType,
+)
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
@@ -84,7 +90,7 @@ _COUNTED = 1_000  # ids in one request that counts: it has 40 KB, and a database
 _LABEL_ATTEMPTS = 5
 _UNAUTHORIZED = 401
 _TRY_AGAIN = {408, 429}
-_DEPLOYMENT_SECONDS = 10.0  # after which somebody may have paused it, or served another version
+_DEPLOYMENT_SECONDS = 10.0  # after which somebody may have ended it, or served another version
 
 
 @attrs.frozen(kw_only=True)
@@ -95,14 +101,14 @@ class Deployment:
         id: Its id.
         name: *flow/deployment*.
         version: Its version.
-        paused: Whether its runs would wait.
+        is_served: Whether something may pick its runs up, as far as the server knows.
         schema: What a run's parameters have to fit; `None` if it may be given any.
     """
 
     id: UUID
     name: str
     version: str | None
-    paused: bool
+    is_served: bool = True
     schema: ParameterSchema | None = None
 
 
@@ -328,7 +334,7 @@ class PrefectOrchestrator:
             id=found.id,
             name=name,
             version=found.version,
-            paused=found.paused,
+            is_served=_is_served(found),
             schema=parameter_schema(found),
         )
 
@@ -752,6 +758,17 @@ def _children_of(
     if since is not None:
         chosen.end_time = FlowRunFilterEndTime.model_validate({"after_": since})
     return chosen
+
+
+def _is_served(found: DeploymentResponse) -> bool:
+    """Whether something may pick the deployment's runs up, as far as the server knows.
+
+    `serve` pauses its deployments when it ends, and a minute later the server says that they are
+    not ready; before that, it may just be starting again. A deployment that is only paused has no
+    schedules, but what is launched runs, and a work pool's runs wait for a worker (3.9.1).
+    """
+    is_silent = found.status is DeploymentStatus.NOT_READY
+    return not (found.paused and is_silent and found.work_pool_name is None)
 
 
 def _nothing() -> None:

@@ -82,7 +82,10 @@ class RunNotFoundError(SpawnError, LookupError):
 
 
 class DeploymentPausedError(SpawnError):
-    """The deployment is paused, so its runs would wait for ever."""
+    """What has served the deployment has ended and paused it; nothing would pick its runs up.
+
+    A deployment whose schedules are paused takes children, as `run_deployment` shows.
+    """
 
 
 class ParametersError(SpawnError, ValueError):

@@ -586,10 +586,10 @@ async def _create_deployed(
     deployment = await api.read_deployment(target, is_wanted)
     if deployment is None or not is_wanted():
         return None
-    if deployment.paused:
+    if not deployment.is_served:
         raise DeploymentPausedError(
-            f"Deployment {deployment.name!r} is paused, so nothing would pick the run up. "
-            "Serve it again, or resume it in the UI."
+            f"What has served deployment {deployment.name!r} has paused it and ended, so nothing "
+            "would pick the run up. Serve it again."
         )
     if child.span is not None:
         child.span.rename(deployment.name.split("/")[0], deployment.name)

@@ -89,7 +89,7 @@ class Server:
 
     def deploy(self, name: str) -> Deployment:
         """Add a deployment, *flow/deployment*, that takes any parameters."""
-        made = Deployment(id=self.new_id(), name=name, version=None, paused=False)
+        made = Deployment(id=self.new_id(), name=name, version=None)
         self.deployments[made.id] = made
         return made
 

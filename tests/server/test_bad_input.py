@@ -1,15 +1,20 @@
 """Bad input is refused in words that say what to do, and spoils nothing else."""
 
 import asyncio
+import contextlib
 import socket
+import sys
 import threading
 from uuid import uuid4
 
+import anyio
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.exceptions import ParameterTypeError
+from prefect.client.schemas.objects import DeploymentStatus
+from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from support.world import FLOWS, eventually
 
 from supervised import (
     ChildFailed,
@@ -27,6 +32,7 @@ from supervised import (
     supervisor,
 )
 from supervised._api import open_orchestrator
+from supervised.testing import running
 
 
 @flow
@@ -232,7 +238,7 @@ def test_a_key_is_never_shared_by_work_that_cannot_be_compared(server):
     in_a_scope(act)
 
 
-def test_a_paused_deployment_is_the_childs_outcome(deployment):
+def test_a_deployment_that_is_paused_and_that_nothing_serves_is_the_childs_outcome(deployment):
     client, deployment_id, name = deployment
     client.pause_deployment(deployment_id)
 
@@ -241,6 +247,55 @@ def test_a_paused_deployment_is_the_childs_outcome(deployment):
             await supervisor.spawn(name, {"x": 1})
 
     in_a_scope(act)
+
+
+@contextlib.contextmanager
+def served(name, server, folder):
+    """Serve tests/flows/briefly.py under this name."""
+    env = {**server.env, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    command = [sys.executable, "briefly.py", name]
+    with running(command, env=env, log=folder / "briefly.log", cwd=FLOWS):
+        yield
+
+
+def ready(client, name):
+    """Return the deployment if the server knows that something asks for its runs."""
+    with contextlib.suppress(ObjectNotFound):
+        deployment = client.read_deployment_by_name(f"briefly/{name}")
+        return deployment if deployment.status is DeploymentStatus.READY else None
+
+
+def test_a_deployment_whose_schedules_are_paused_takes_children_as_it_takes_plain_runs(
+    server, tmp_path
+):
+    name = f"d-{uuid4()}"
+    with served(name, server, tmp_path), get_client(sync_client=True) as client:
+        deployment = eventually(lambda: ready(client, name), seconds=60, what="it is served")
+        client.pause_deployment(deployment.id)
+
+        async def act():
+            await supervisor.spawn(f"briefly/{name}")
+            assert client.read_deployment(deployment.id).paused
+
+        in_a_scope(act)
+
+
+def test_a_child_waits_for_what_serves_it_while_that_is_started_again(server, tmp_path):
+    name = f"d-{uuid4()}"
+    with get_client(sync_client=True) as client:
+        with served(name, server, tmp_path):
+            deployment = eventually(lambda: ready(client, name), seconds=60, what="it is served")
+        assert client.read_deployment(deployment.id).paused, "`serve` leaves it like this"
+
+        async def act():
+            child = supervisor.spawn(f"briefly/{name}")
+            with anyio.fail_after(30):
+                while child.flow_run_id is None:
+                    await asyncio.sleep(0.05)
+            with served(name, server, tmp_path):
+                await child
+
+        in_a_scope(act)
 
 
 def test_a_failed_launch_that_nobody_awaits_fails_the_parent(server):

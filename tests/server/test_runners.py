@@ -98,9 +98,10 @@ def test_cancelling_under_flow_serve_takes_the_tree_along(deployed: World) -> No
 
 
 def names_of_deployments(world: World) -> set[str]:
+    """Those of which `serve` has not ended: it pauses them then."""
     deployments = world.client.read_deployments()  # first: each has its flow by then
     flows = {flow.id: flow.name for flow in world.client.read_flows()}
-    return {f"{flows[each.flow_id]}/{each.name}" for each in deployments}
+    return {f"{flows[each.flow_id]}/{each.name}" for each in deployments if not each.paused}
 
 
 def test_a_body_that_is_cancelled_may_clean_up_for_longer_than_its_children(

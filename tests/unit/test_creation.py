@@ -12,6 +12,8 @@ from uuid import uuid4
 import anyio
 import httpx
 import pytest
+from prefect.client.schemas.objects import DeploymentStatus
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from support.virtual import play
 
@@ -79,7 +81,7 @@ def requested(number, value, **options):
 
 def create(client, values, **options):
     """Create a run for each of these parameters at once; return what each has led to."""
-    deployment = Deployment(id=uuid4(), name="score/gpu", version=None, paused=False)
+    deployment = Deployment(id=uuid4(), name="score/gpu", version=None)
 
     async def act():
         api = PrefectOrchestrator(client, RequestBudget())
@@ -150,16 +152,12 @@ def test_the_server_is_sent_no_empty_request_if_nobody_wants_what_was_to_be_sent
 class Catalogue(Client):
     """Has one deployment, which takes a moment to find."""
 
-    def __init__(self):
+    def __init__(self, **fields):
         super().__init__()
         self.lookups = []
-        self._found = SimpleNamespace(
-            id=uuid4(),
-            name="gpu",
-            flow_id=uuid4(),
-            version=None,
-            paused=False,
-            enforce_parameter_schema=False,
+        self._found = DeploymentResponse(
+            **{"id": uuid4(), "name": "gpu", "flow_id": uuid4(), "enforce_parameter_schema": False}
+            | fields
         )
 
     async def read_deployment_by_name(self, name):
@@ -184,11 +182,24 @@ def test_a_deployment_that_many_ask_for_is_looked_up_once_in_ten_seconds(target,
         assert {deployment.name for deployment in found} == {"score/gpu"}
         assert client.lookups == [target]
         later = _api.monotonic() + 10.1
-        monkeypatch.setattr(_api, "monotonic", lambda: later)  # somebody may have paused it
+        monkeypatch.setattr(_api, "monotonic", lambda: later)  # somebody may have ended it
         await api.read_deployment(target)
         assert client.lookups == [target] * 2
 
     asyncio.run(act())
+
+
+@pytest.mark.parametrize("pool", [None, "gpus"])
+@pytest.mark.parametrize("status", [None, *DeploymentStatus])
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_deployment_is_not_served_if_what_has_served_it_paused_it_and_went_silent(
+    paused, status, pool
+):
+    client = Catalogue(paused=paused, status=status, work_pool_name=pool)
+    api = PrefectOrchestrator(client, RequestBudget())
+    deployment = asyncio.run(api.read_deployment("score/gpu"))
+    has_ended = (paused, status, pool) == (True, DeploymentStatus.NOT_READY, None)
+    assert deployment.is_served is not has_ended
 
 
 NUMBER = {"title": "Parameters", "properties": {"value": {"type": "integer"}}}
@@ -282,7 +293,7 @@ def test_who_is_in_one_batch_hears_of_its_run_while_the_next_batch_is_created():
     async def act():
         client = OneByOne()
         api = PrefectOrchestrator(client, RequestBudget())
-        deployment = Deployment(id=uuid4(), name="score/gpu", version=None, paused=False)
+        deployment = Deployment(id=uuid4(), name="score/gpu", version=None)
 
         async def created(number):
             run = await api.create_deployment_run(deployment, requested(number, number))
@@ -337,7 +348,7 @@ class Database(Client):
 
 
 async def launch(api, count, first):
-    deployment = Deployment(id=uuid4(), name="score/gpu", version=None, paused=False)
+    deployment = Deployment(id=uuid4(), name="score/gpu", version=None)
     requests = [requested(first + number, number, is_linked=True) for number in range(count)]
     runs = await asyncio.gather(
         *(api.create_deployment_run(deployment, request) for request in requests)
