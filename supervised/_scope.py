@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import signal
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -49,6 +50,8 @@ _SLACK_SECONDS = 5.0
 _CLOSE_SECONDS = 3.0
 _LOAD_SECONDS = 10.0
 _CHECK_SECONDS = 2.0
+_TOLD_FAILURES = 3  # in the state of the run; the exception has all of them
+_TOLD_CHARACTERS = 300
 
 
 def run_sync(supervisor: Supervisor, body: Callable[[], Any]) -> Any:
@@ -533,8 +536,7 @@ def _judge(leaving: _Exit, result: Any) -> _Verdict:
     if len(errors) == 1 and (errors[0] is exc or timeout is not None):
         error = errors[0]
     else:
-        name = supervisor.flow.name
-        error = ExceptionGroup(f"{len(errors)} failure(s) in supervised flow '{name}'", errors)
+        error = ExceptionGroup(_headline(supervisor.flow.name, errors), errors)
         error.__cause__ = exc if exc not in errors else None
     if timeout is not None:
         timeout.__cause__ = error  # not in its place: by its type the engine knows a timeout
@@ -615,6 +617,14 @@ def _errors(supervisor: Supervisor, exc: BaseException | None) -> list[Exception
     if isinstance(exc, Exception) and not (has_failed and _is_consequence(exc)):
         raised.insert(0, exc)
     return raised
+
+
+def _headline(name: str, errors: Sequence[Exception]) -> str:
+    """Return what the run's state will say: Prefect writes the group's own text there alone."""
+    told = [textwrap.shorten(_detail(error), _TOLD_CHARACTERS) for error in errors[:_TOLD_FAILURES]]
+    if len(errors) > _TOLD_FAILURES:
+        told.append(f"and {len(errors) - _TOLD_FAILURES} more")
+    return f"{len(errors)} failure(s) in supervised flow '{name}': {'; '.join(told)}"
 
 
 def _tells_of(exc: BaseException | None, child: Child[Any]) -> bool:
