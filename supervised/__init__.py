@@ -24,8 +24,8 @@ General layout, every module importing only from those below it:
 - `_bell`, `_clock`, `_lean`, `_log`: what signals come, what time it is, what memory can be
   shared, and how to tell of it.
 - `_stall`: why nothing moves.
-- `_policy`, `_schema`, `_identity`, `_canonical`, `_errors`, `_types`: decisions, names and values,
-  all pure.
+- `_policy`, `_schema`, `_identity`, `_canonical`, `_errors`, `_types`, `_text`: decisions, names,
+  values and words, all pure.
 """
 
 from __future__ import annotations

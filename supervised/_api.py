@@ -90,7 +90,8 @@ _COUNTED = 1_000  # ids in one request that counts: it has 40 KB, and a database
 _LABEL_ATTEMPTS = 5
 _UNAUTHORIZED = 401
 _TRY_AGAIN = {408, 429}
-_DEPLOYMENT_SECONDS = 10.0  # after which somebody may have ended it, or served another version
+_DEPLOYMENT_SECONDS = 10.0  # after which somebody may have served another version
+_UNSERVED_SECONDS = 0.5  # or who has just served it again would be refused
 
 
 @attrs.frozen(kw_only=True)
@@ -310,7 +311,8 @@ class PrefectOrchestrator:
             until, deployment = self._deployments.get(target, (0.0, None))
             if deployment is None or until < monotonic():
                 deployment = await self._find(target)
-                until = monotonic() + _DEPLOYMENT_SECONDS
+                known = _DEPLOYMENT_SECONDS if deployment.is_served else _UNSERVED_SECONDS
+                until = monotonic() + known
                 self._deployments[target] = self._deployments[deployment.id] = (until, deployment)
             return deployment
 
@@ -763,9 +765,9 @@ def _children_of(
 def _is_served(found: DeploymentResponse) -> bool:
     """Whether something may pick the deployment's runs up, as far as the server knows.
 
-    `serve` pauses its deployments when it ends, and a minute later the server says that they are
-    not ready; before that, it may just be starting again. A deployment that is only paused has no
-    schedules, but what is launched runs, and a work pool's runs wait for a worker (3.9.1).
+    `serve` pauses its deployments when it ends, and a minute later the server calls them not ready;
+    before that, it may just be starting again. Of one that is only paused the schedules are held
+    back, and what is launched runs; the runs of a work pool wait for a worker (3.9.1).
     """
     is_silent = found.status is DeploymentStatus.NOT_READY
     return not (found.paused and is_silent and found.work_pool_name is None)

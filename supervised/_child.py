@@ -28,11 +28,11 @@ from supervised._errors import (
     ChildFailed,
     ChildTimedOut,
     SpawnError,
-    text_of,
 )
 from supervised._lean import lean
 from supervised._log import get_logger
 from supervised._policy import check_seconds
+from supervised._text import text_of
 from supervised._types import CancelReason
 
 if TYPE_CHECKING:

@@ -37,14 +37,6 @@ if TYPE_CHECKING:
     from supervised._types import CancelReason, TeardownReport
 
 
-def text_of(exc: BaseException) -> str:
-    """Return what an exception says; one that cannot say it must not end what tells of it."""
-    try:
-        return str(exc)
-    except Exception:
-        return "(it has no text)"
-
-
 class SupervisedError(Exception):
     """Base of every exception that this library raises."""
 
@@ -82,9 +74,10 @@ class RunNotFoundError(SpawnError, LookupError):
 
 
 class DeploymentPausedError(SpawnError):
-    """What has served the deployment has ended and paused it; nothing would pick its runs up.
+    """The deployment is paused, is in no work pool, and nothing has asked for its runs lately.
 
-    A deployment whose schedules are paused takes children, as `run_deployment` shows.
+    That is how `serve` leaves it when it ends. One that is only paused takes children: Prefect
+    holds its schedules back, and runs what is launched.
     """
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import attrs
 
-from supervised._errors import text_of
 from supervised._log import get_logger
+from supervised._text import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

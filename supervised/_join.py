@@ -24,6 +24,7 @@ from supervised._child import Child
 from supervised._control import SLICE_SECONDS, wait_in_loop, wait_in_slices
 from supervised._log import get_logger
 from supervised._policy import breaks_scope, check_limit, check_seconds
+from supervised._text import headline
 from supervised._types import CancelReason
 
 if sys.version_info < (3, 11):
@@ -276,8 +277,9 @@ class Join(Generic[T]):
     def _why_lost(self, errors: dict[int, Any]) -> BaseException:
         if not self._raises_group:
             return errors[next(iter(errors))]  # type: ignore[no-any-return]
-        message = f"of {len(self.children)} children fewer than {self._rule.needed} completed"
-        return ExceptionGroup(message, list(errors.values()))
+        lost = f"of {len(self.children)} children fewer than {self._rule.needed} completed"
+        raised = list(errors.values())
+        return ExceptionGroup(f"{lost}: {headline(raised)}", raised)
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:

@@ -586,10 +586,11 @@ async def _create_deployed(
     deployment = await api.read_deployment(target, is_wanted)
     if deployment is None or not is_wanted():
         return None
-    if not deployment.is_served:
+    if not deployment.is_served and not _lies_ahead(spec.scheduled_time):
         raise DeploymentPausedError(
-            f"What has served deployment {deployment.name!r} has paused it and ended, so nothing "
-            "would pick the run up. Serve it again."
+            f"Deployment {deployment.name!r} is paused, is in no work pool, and nothing has asked "
+            "for its runs lately: nothing would pick the run up. Serve it again; or resume it, and "
+            "the run waits."
         )
     if child.span is not None:
         child.span.rename(deployment.name.split("/")[0], deployment.name)
@@ -603,6 +604,10 @@ async def _create_deployed(
     begin = functools.partial(child.begin_request, attempt)
     asked = attrs.evolve(request, is_wanted=is_wanted, begin=begin)
     return await api.create_deployment_run(deployment, asked)
+
+
+def _lies_ahead(moment: datetime | None) -> bool:
+    return moment is not None and moment > _clock.utc_now()
 
 
 async def _create_inline(

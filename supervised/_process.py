@@ -29,10 +29,11 @@ from prefect.states import Cancelled
 
 from supervised import _compat as compat
 from supervised._control import wait_in_slices
-from supervised._errors import SpawnError, text_of
+from supervised._errors import SpawnError
 from supervised._inline import refused, run_cancellation_hooks, run_hooks, uncancel
 from supervised._log import get_logger
 from supervised._policy import outcome_of
+from supervised._text import text_of
 
 if TYPE_CHECKING:
     import concurrent.futures

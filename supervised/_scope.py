@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import functools
 import signal
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -28,10 +27,10 @@ from supervised._errors import (
     ChildError,
     ScopeClosedError,
     TeardownError,
-    text_of,
 )
 from supervised._launch import SUPERSEDED
 from supervised._policy import HARD_CAUSES, parent_reason
+from supervised._text import first_line, headline, text_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
@@ -50,8 +49,6 @@ _SLACK_SECONDS = 5.0
 _CLOSE_SECONDS = 3.0
 _LOAD_SECONDS = 10.0
 _CHECK_SECONDS = 2.0
-_TOLD_FAILURES = 3  # in the state of the run; the exception has all of them
-_TOLD_CHARACTERS = 300
 
 
 def run_sync(supervisor: Supervisor, body: Callable[[], Any]) -> Any:
@@ -536,7 +533,7 @@ def _judge(leaving: _Exit, result: Any) -> _Verdict:
     if len(errors) == 1 and (errors[0] is exc or timeout is not None):
         error = errors[0]
     else:
-        error = ExceptionGroup(_headline(supervisor.flow.name, errors), errors)
+        error = ExceptionGroup(_summary(supervisor.flow.name, errors), errors)
         error.__cause__ = exc if exc not in errors else None
     if timeout is not None:
         timeout.__cause__ = error  # not in its place: by its type the engine knows a timeout
@@ -619,12 +616,11 @@ def _errors(supervisor: Supervisor, exc: BaseException | None) -> list[Exception
     return raised
 
 
-def _headline(name: str, errors: Sequence[Exception]) -> str:
-    """Return what the run's state will say: Prefect writes the group's own text there alone."""
-    told = [textwrap.shorten(_detail(error), _TOLD_CHARACTERS) for error in errors[:_TOLD_FAILURES]]
-    if len(errors) > _TOLD_FAILURES:
-        told.append(f"and {len(errors) - _TOLD_FAILURES} more")
-    return f"{len(errors)} failure(s) in supervised flow '{name}': {'; '.join(told)}"
+def _summary(name: str, errors: Sequence[Exception]) -> str:
+    """Return the text of a group, all that Prefect puts into the state of the run."""
+    # What may still be alive first: it has to be looked after.
+    first = sorted(errors, key=lambda error: not isinstance(error, TeardownError))
+    return f"{len(errors)} failure(s) in supervised flow '{name}': {headline(first)}"
 
 
 def _tells_of(exc: BaseException | None, child: Child[Any]) -> bool:
@@ -648,5 +644,5 @@ def _is_consequence(exc: Exception) -> bool:
 def _detail(exc: BaseException | None) -> str:
     if exc is None or not isinstance(exc, Exception):
         return ""
-    first = next(iter(text_of(exc).splitlines()), "")
+    first = first_line(text_of(exc))
     return f"{type(exc).__name__}: {first}" if first else type(exc).__name__

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from supervised._types import CancelReason, Kind, TeardownReport
 
 from supervised._log import get_logger
+from supervised._text import sendable, text_of
 from supervised._types import Outcome
 
 logger = get_logger("prefect.supervised.telemetry")
@@ -197,7 +199,7 @@ class SupervisorSpan:
             self.span.set_attribute("supervised.cancel.source", reason.source)
         if raised is not None:
             self.span.set_attribute("error.type", _qualified_name(raised))
-            self.span.set_status(Status(StatusCode.ERROR, _text(raised)[:256]))
+            self.span.set_status(Status(StatusCode.ERROR, text_of(raised)[:256]))
         self.span.end()
 
 
@@ -352,9 +354,14 @@ class ChildSpan:
         self.span.set_attribute("error.type", error)
         if exception is not None:
             with contextlib.suppress(Exception):
-                self.span.record_exception(exception)
+                _record(self.span, exception)
         stated = state.message if state else None
-        message = _text(exception) or stated or self._asked_because or outcome
+        message = (
+            (exception is not None and text_of(exception))
+            or stated
+            or self._asked_because
+            or outcome
+        )
         self.span.set_status(Status(StatusCode.ERROR, message[:256]))
 
 
@@ -430,18 +437,27 @@ def _qualified_name(exception: BaseException) -> str:
     return f"{module}.{kind.__qualname__}"
 
 
-def _text(exception: BaseException | None) -> str:
-    """Return an exception's text, if it has one and can say it."""
-    try:
-        return str(exception or "")
-    except Exception:
-        return type(exception).__name__
+def _record(span: Span, exception: BaseException) -> None:
+    """Record an exception; exporters drop an attribute that is no Unicode, and log a traceback."""
+    lines = traceback.format_exception(type(exception), exception, exception.__traceback__)
+    told = {"exception.message": text_of(exception), "exception.stacktrace": "".join(lines)}
+    span.record_exception(exception, attributes=_sendable(told))
 
 
-def _start(name: str, **options: Any) -> Span:
-    """Start a span; a processor or sampler of the user that fails costs the span, not the run."""
+def _sendable(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: sendable(value) if isinstance(value, str) else value
+        for name, value in attributes.items()
+    }
+
+
+def _start(name: str, *, attributes: Mapping[str, Any], **options: Any) -> Span:
+    """Start a span; a processor or sampler of the user that fails costs the span, not the run.
+
+    A name that is no Unicode would lose all spans that are exported together with this one.
+    """
     try:
-        return _tracer.start_span(name, **options)
+        return _tracer.start_span(sendable(name), attributes=_sendable(attributes), **options)
     except Exception:
         logger.debug("Telemetry failed to start %r", name, exc_info=True)
         return trace.INVALID_SPAN

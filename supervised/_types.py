@@ -1,4 +1,4 @@
-"""The words and frozen values that every other module speaks in. Imports nothing of ours."""
+"""The words and frozen values that every other module speaks in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, get_args
 
 import attrs
+
+from supervised._text import clause
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -116,7 +118,7 @@ class CancelReason:
     """
 
     source: Source
-    message: str
+    message: str = attrs.field(converter=clause)
     child: str | None = None
 
     def __str__(self) -> str:

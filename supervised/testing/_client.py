@@ -302,7 +302,7 @@ class FakeOrchestrator:
         def ask(run_id: UUID) -> Ack:
             if run_id not in self._server.runs:
                 return Ack(run_id, None, "the server no longer knows the run")
-            answer = self._server.propose(run_id, state)
+            answer = self._server.propose(run_id, _sent(state))
             return Ack(run_id, answer.state, answer.reason)
 
         return await self.call(lambda: [ask(run_id) for run_id in run_ids])
@@ -310,7 +310,7 @@ class FakeOrchestrator:
     async def close_run(
         self, run_id: UUID, message: str, *, as_: Closing = "cancelled"
     ) -> State[Any] | None:
-        state = closing(as_, message)
+        state = _sent(closing(as_, message))
         return await self.call(lambda: self._server.propose(run_id, state).state)
 
     async def close_runs(self, run_ids: Sequence[UUID], message: str) -> list[Ack]:
@@ -366,6 +366,12 @@ class FakeOrchestrator:
         finally:
             self._hub.close(stream)
             self._streams.remove(stream)
+
+
+def _sent(state: State[Any]) -> State[Any]:
+    """Return a state if a client could send it: a lone surrogate in its message is no UTF-8."""
+    (state.message or "").encode()
+    return state
 
 
 def _refused(status: int) -> PrefectHTTPStatusError:

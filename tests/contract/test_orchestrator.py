@@ -250,6 +250,20 @@ def test_a_live_run_accepts_the_request_to_cancel(stage, before, after):
     stage.act(test)
 
 
+def test_a_message_that_is_no_unicode_cannot_be_sent(stage):
+    """Nobody must try: a lone surrogate stands in what Python makes of a file's odd name."""
+
+    async def test(stage):
+        run_id = await a_child(stage, stage.new_parent(), Running())
+        with pytest.raises(UnicodeEncodeError):
+            await stage.api.request_cancel([run_id], "no such file: caf\udce9.csv")
+        with pytest.raises(UnicodeEncodeError):
+            await stage.api.close_run(run_id, "no such file: caf\udce9.csv")
+        assert (await state_of(stage, run_id)) == StateType.RUNNING
+
+    stage.act(test)
+
+
 @pytest.mark.parametrize(
     "end", [Completed(), Failed(), Crashed(), Cancelled()], ids=lambda state: state.name
 )

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 
 import httpx
 import pytest
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Running
-from support.databases import settings_for
-from support.world import World
+from support.databases import world_on
 from test_bulk import request_for
 
 from supervised._api import open_orchestrator
-from supervised.testing import local_server
 
 pytestmark = pytest.mark.server
 MANY = 200  # two requests
@@ -41,14 +36,8 @@ def kind(request):
 @pytest.fixture
 def world(kind, tmp_path):
     """A server of its own, on either database."""
-    with contextlib.ExitStack() as stack:
-        settings = stack.enter_context(settings_for(kind))
-        server = stack.enter_context(local_server(home=tmp_path, settings=settings))
-        stack.enter_context(
-            temporary_settings({PREFECT_API_URL: server.url, PREFECT_HOME: tmp_path})
-        )
-        client = stack.enter_context(get_client(sync_client=True))
-        yield World(server, tmp_path, client)
+    with world_on(kind, tmp_path) as world:
+        yield world
 
 
 @pytest.fixture

@@ -160,6 +160,9 @@ class Catalogue(Client):
             | fields
         )
 
+    def serve(self):
+        self._found.paused = False
+
     async def read_deployment_by_name(self, name):
         return await self.read_deployment(name)
 
@@ -185,6 +188,21 @@ def test_a_deployment_that_many_ask_for_is_looked_up_once_in_ten_seconds(target,
         monkeypatch.setattr(_api, "monotonic", lambda: later)  # somebody may have ended it
         await api.read_deployment(target)
         assert client.lookups == [target] * 2
+
+    asyncio.run(act())
+
+
+def test_a_deployment_that_is_not_served_is_looked_up_again_half_a_second_later(monkeypatch):
+    """Who has just served it is not refused because of what was known before."""
+    client = Catalogue(paused=True, status=DeploymentStatus.NOT_READY)
+
+    async def act():
+        api = PrefectOrchestrator(client, RequestBudget())
+        assert not (await api.read_deployment("score/gpu")).is_served
+        client.serve()
+        later = _api.monotonic() + 0.6
+        monkeypatch.setattr(_api, "monotonic", lambda: later)
+        assert (await api.read_deployment("score/gpu")).is_served
 
     asyncio.run(act())
 

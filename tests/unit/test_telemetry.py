@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
@@ -761,6 +762,17 @@ def test_an_exception_without_a_text_still_ends_the_child_on_every_count(seen, s
 def test_an_exception_without_a_text_still_ends_the_scope(seen, scope):
     scope.end(outcome="failed", reason=None, raised=UnprintableError())
     assert seen.span("supervise etl").attributes["supervised.outcome"] == "failed"
+
+
+def test_what_is_no_unicode_does_not_lose_the_spans_that_are_exported_with_it(seen):
+    odd = "caf\udce9.csv"  # what Python makes of the name of a file in another encoding
+    scope = a_scope()
+    child = a_child(scope, name=odd)
+    child.cancel_requested(CancelReason(source="explicit", message=odd))
+    end(child, "failed", exception=OSError(odd))
+    scope.end(outcome="failed", reason=None, raised=OSError(odd))
+    exported = encode_spans(seen.spans().values()).SerializeToString()
+    assert exported.count(b"caf\\udce9.csv") >= 6
 
 
 @pytest.mark.parametrize(
