@@ -142,6 +142,18 @@ class SupervisedFlow(Flow[P, R], Generic[P, R]):
             bound.fn.__prefect_self__ = instance  # type: ignore[attr-defined]
         return bound
 
+    def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameters as the function's annotations want them.
+
+        Raises:
+            ParameterTypeError: If one of them does not fit.
+        """
+        plain = copy.copy(self)
+        # Annotations that are strings are looked up where the function says that it is from, and
+        # what wraps it is from here (3.9.1, _internal/pydantic/validated_func.py).
+        plain.fn = self.unsupervised_fn
+        return Flow.validate_parameters(plain, parameters)
+
     def on_completion(self, fn: FlowStateHook[P, R]) -> FlowStateHook[P, R]:
         """Add a hook that runs when a run completes."""
         self.on_completion_hooks.append(normalise_hook("on_completion", fn))

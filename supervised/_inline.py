@@ -189,6 +189,8 @@ class InlineRun:
         if self._child.run_name is not None:
             guarded.flow_run_name = None  # an explicit name wins over the flow's template
         guarded.fn = self._guard_async(flow) if flow.isasync else self._guard_sync(flow)
+        # By the function of the flow: its annotations may be strings, with names of its module.
+        guarded.validate_parameters = flow.validate_parameters  # type: ignore[method-assign]
         return guarded
 
     def _guard_sync(self, flow: Flow[..., Any]) -> Callable[..., Any]:

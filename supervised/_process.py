@@ -200,7 +200,7 @@ class ProcessRun:
     def _begin(self) -> multiprocessing.process.BaseProcess | None:
         if self._is_stopped:
             return None
-        self._validate()
+        self._parameters = self._validated()
         try:
             process = self._start_process()
         except Exception:
@@ -221,16 +221,19 @@ class ProcessRun:
             env={"PREFECT__FLOW_RUN_ID": str(self._run.id)},
         )
 
-    def _validate(self) -> None:
-        """Refuse parameters of a wrong type here, where that can be told from the flow's failure.
+    def _validated(self) -> Mapping[str, Any]:
+        """Return the parameters as the flow's types want them.
+
+        Here, where a refusal can be told from the flow's failure, and where the names stand for
+        something that its annotations use: a function that is pickled leaves them behind.
 
         Raises:
             ParametersError: If the flow's types refuse them.
         """
         if not self._flow.should_validate_parameters:
-            return
+            return self._parameters
         try:
-            self._flow.validate_parameters(dict(self._parameters))
+            return self._flow.validate_parameters(dict(self._parameters))
         except ParameterTypeError as exc:
             raise refused(self._child, self._flow, self._parameters, exc) from exc
 
@@ -239,6 +242,7 @@ class ProcessRun:
         flow = copy.copy(self._flow)
         if self._child.run_name is not None:
             flow.flow_run_name = None  # an explicit name wins over the flow's template
+        flow.should_validate_parameters = False  # they have been
         body = _Body(str(self._folder), os.getpid(), self._grace_seconds)
         flow.fn = body.around_async(self._flow) if flow.isasync else body.around_sync(self._flow)
         return flow
