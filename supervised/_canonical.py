@@ -12,7 +12,8 @@ import enum
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections import UserList, deque
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -118,8 +119,8 @@ def _items(value: Any) -> Any:
         return [getattr(value, "typecode", ""), hashlib.sha256(value).hexdigest()]
     if isinstance(value, (list, tuple)) and {type(each) for each in value} <= _SIMPLE:
         return repr([*value])  # at once: there may be millions
-    if isinstance(value, Sequence):
-        return [_parts(each) for each in value]
+    if isinstance(value, (list, tuple, deque, UserList)):
+        return [_parts(each) for each in value]  # any other sequence may fetch what it has
     return _pickled(value)
 
 
@@ -145,8 +146,24 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return {name: getattr(value, name, None) for name in names}
 
 
+class _Hasher:
+    """A file that keeps the digest of what is written: objects may have gigabytes."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return len(data)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
 def _pickled(value: Any) -> str:
-    return hashlib.sha256(cloudpickle.dumps(value)).hexdigest()
+    hasher = _Hasher()
+    cloudpickle.dump(value, hasher)
+    return hasher.hexdigest()
 
 
 def _name(value: Any) -> str:

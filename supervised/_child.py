@@ -711,6 +711,8 @@ class Child(PrefectFuture[R], Generic[R]):
         state = self.state
         if self._outcome in {"cancelled", "abandoned"}:
             because = f" because {self.cancel_reason}" if self.cancel_reason else ""
+            if not because and not self.is_local:
+                because = " by somebody else than its parent"
             tail = " and may still be alive" if self._outcome == "abandoned" else ""
             return f"was cancelled{because}{tail}."
         if self._outcome == "detached":
@@ -723,7 +725,8 @@ class Child(PrefectFuture[R], Generic[R]):
         if self.restarts:
             verb += f" after {self.restarts} restart(s)"
         if cause is not None:
-            return f"{verb}: {type(cause).__name__}: {text_of(cause)}"
+            text = text_of(cause)
+            return f"{verb}: {type(cause).__name__}" + (f": {text}" if text else "")
         return f"{verb}: {state.message or state.name}"
 
 

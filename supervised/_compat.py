@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import prefect
+import prefect.flows
 from prefect.context import FlowRunContext
 from prefect.results import (  # type: ignore[attr-defined,unused-ignore]
     ResultRecordMetadata,  # pyright: ignore[reportPrivateImportUsage]  # moved in 3.9
@@ -46,6 +47,14 @@ ResultMetadata = ResultRecordMetadata
 
 RUN_DEPLOYMENT_TASK_KEY = "prefect.deployments.flow_runs.run_deployment."
 """What the tracking tasks of plain `run_deployment` calls start with (deployments/flow_runs.py)."""
+
+
+_BoundFlow: Any = getattr(prefect.flows, "InfrastructureBoundFlow", ())  # before 3.4: none
+
+
+def is_bound_to_infrastructure(flow: Flow[..., Any]) -> bool:
+    """Whether a flow runs in a work pool whenever it is called."""
+    return isinstance(flow, _BoundFlow)
 
 
 @contextmanager

@@ -128,8 +128,13 @@ class ChildError(SupervisedError):
     def __str__(self) -> str:
         text = super().__str__()
         run = f" (flow run {self.flow_run_id})" if self.flow_run_id else ""
-        where = f" See {self.url}" if self.url else ""
+        end = "" if text.endswith((".", "!", "?")) else "."
+        where = f"{end} See {self.url}" if self.url else ""
         return f"Child {self.child!r}{run} {text}{where}"
+
+    def __repr__(self) -> str:
+        """Name the child, as `str` does: Prefect logs this."""
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 class ChildFailed(ChildError):

@@ -16,22 +16,28 @@ from prefect.exceptions import ParameterTypeError, TerminationSignal
 from prefect.states import Cancelled, Cancelling
 
 from supervised import _clock, _compat, _telemetry
+from supervised._api import closing
 from supervised._context import current_child
 from supervised._errors import ParametersError
 from supervised._log import get_logger, run_logger
 from supervised._policy import outcome_of
+from supervised._text import text_of
 
 if TYPE_CHECKING:
+    import concurrent.futures
     import contextvars
     from collections.abc import Callable, Mapping, Sequence
 
     from prefect.client.schemas.objects import FlowRun, State
     from prefect.flows import Flow
 
+    from supervised._api import Closing
     from supervised._child import Child
     from supervised._host import Host
 
 logger = get_logger("prefect.supervised.inline")
+
+_NOT_READY = "NotReady"  # Prefect's name for what waits for a result that will not come
 
 
 class InlineRun:
@@ -40,6 +46,16 @@ class InlineRun:
     Prefect marks a run whose task is cancelled as `Crashed`, and leaves it `Pending` if the
     cancellation hits its engine before the body. So the request is kept until the body runs,
     delivered there once, and turned into a returned `Cancelled` state.
+
+    Args:
+        child: The child.
+        flow: Its flow.
+        run: Its run.
+        parameters: The flow's parameters by name.
+        host: The process.
+        context: The context that it was spawned in.
+        home_loop: The loop of the body that has spawned it.
+        conclude: Ends the run, unless it has ended; the future gives the run's last state.
     """
 
     def __init__(
@@ -52,9 +68,11 @@ class InlineRun:
         host: Host,
         context: contextvars.Context,
         home_loop: asyncio.AbstractEventLoop | None,
+        conclude: Callable[[Closing, str], concurrent.futures.Future[State[Any]]],
     ) -> None:
         self._child = child
         self._run = run
+        self._conclude = conclude
         self._host = host
         self._parameters = parameters
         self._context = context
@@ -63,6 +81,7 @@ class InlineRun:
         self._thread: threading.Thread | None = None
         self._in_body = False
         self._began = False
+        self._has_leaked = False  # a cancellation of something else that it has waited for
         self._flow = self._guarded(flow)
         self._attempt = child.attempt
         self._attempt.interrupt = self.interrupt
@@ -153,7 +172,9 @@ class InlineRun:
 
     async def _ended(self, state: State[Any]) -> None:
         outcome = outcome_of(state, asked=self._child.cancel_reason is not None)
-        if outcome is None:
+        if outcome is None and state.name == _NOT_READY and self._child.cancel_reason is None:
+            self._never_begins("failed", state.message or "what it was to be given has failed")
+        elif outcome is None:
             # The engine gave up because the run was being cancelled behind its back.
             self._child.settle("cancelled", state=state, of=self._attempt)
         elif outcome == "completed":
@@ -174,12 +195,26 @@ class InlineRun:
 
     def _ended_by(self, exc: BaseException) -> None:
         """Settle a child whose engine raised instead of returning a state."""
-        if isinstance(exc, (asyncio.CancelledError, TerminationSignal)):
+        is_interrupt = isinstance(exc, (asyncio.CancelledError, TerminationSignal))
+        if is_interrupt and not self._has_leaked:
             self._child.settle("cancelled", of=self._attempt)
         elif self._child.cancel_reason is not None:
             self._child.settle("cancelled", exception=exc, of=self._attempt)
-        else:
+        elif self._began:
             self._child.settle("crashed", exception=exc, of=self._attempt)
+        else:
+            self._never_begins("crashed", f"{type(exc).__name__}: {text_of(exc)}", exc)
+
+    def _never_begins(self, as_: Closing, why: str, exc: BaseException | None = None) -> None:
+        """End a child that Prefect leaves `Pending`: what it was to be given cannot be had."""
+        message = f"It did not begin: {why}"
+
+        def settle(concluded: concurrent.futures.Future[State[Any]]) -> None:
+            is_known = not concluded.cancelled() and concluded.exception() is None
+            state = concluded.result() if is_known else closing(as_, message)
+            self._child.settle(as_, state=state, exception=exc, of=self._attempt)
+
+        self._conclude(as_, message).add_done_callback(settle)
 
     # -- inside the child's own run -----------------------------------------------------------
 
@@ -221,6 +256,9 @@ class InlineRun:
             except asyncio.CancelledError:
                 if _own_timeout(flow, started) or self._engine_handles_it():
                     raise
+                if self._has_leaked_in():
+                    self._has_leaked = True
+                    raise
                 uncancel()
             finally:
                 self._in_body = False
@@ -240,6 +278,12 @@ class InlineRun:
     def _engine_handles_it(self) -> bool:
         """Whether a runner cancels the whole process, which Prefect's engine does right."""
         return self._child.cancel_reason is None and self._host.termination_intent() is not None
+
+    def _has_leaked_in(self) -> bool:
+        """Whether it was not this task that was cancelled, but something that it has waited for."""
+        task: Any = asyncio.current_task()
+        counts = hasattr(task, "cancelling")  # Python 3.11
+        return counts and not task.cancelling() and self._child.cancel_reason is None
 
     def _message(self) -> str:
         reason = self._child.cancel_reason

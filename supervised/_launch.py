@@ -15,12 +15,13 @@ from uuid import UUID, uuid4
 import anyio
 import attrs
 import httpx
+from prefect.client.schemas.actions import DeploymentFlowRunCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import TagsContext
 from prefect.flows import Flow
 from prefect.futures import PrefectFlowRunFuture
-from prefect.utilities.callables import get_call_parameters
-from pydantic_core import PydanticSerializationError, to_jsonable_python
+from prefect.utilities.callables import get_call_parameters, parameters_to_args_kwargs
+from pydantic_core import PydanticSerializationError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, wait_random
 
 from supervised import _clock, _identity
@@ -93,6 +94,11 @@ def check_target(target: object) -> Flow[..., Any] | str | UUID:
             raise InvalidTargetError(
                 f"Flow {target.name!r} is a generator: it has no one result to wait for. "
                 "Iterate over it in the body, or spawn a flow that does."
+            )
+        if compat.is_bound_to_infrastructure(target):
+            raise InvalidTargetError(
+                f"Flow {target.name!r} is bound to infrastructure, and would run here instead. "
+                "Launch it with its `submit`, and hand what that returns to `supervisor.adopt`."
             )
         return target
     if isinstance(target, UUID):
@@ -210,9 +216,11 @@ def freeze_parameters(
     if isinstance(target, Flow):
         return given
     try:
-        frozen: dict[str, Any] = to_jsonable_python(given)
+        request = DeploymentFlowRunCreate(parameters=given)  # as Prefect's client makes it
+        sent = request.model_dump(mode="json", include={"parameters"})
     except (PydanticSerializationError, ValueError, RecursionError):
         return given
+    frozen: dict[str, Any] = sent["parameters"]
     return frozen
 
 
@@ -225,6 +233,9 @@ def bind_parameters(flow: Flow[..., Any], parameters: Mapping[str, Any]) -> dict
     try:
         return get_call_parameters(flow.fn, (), dict(parameters))
     except Exception as exc:
+        with contextlib.suppress(Exception):  # by name, what a call can only give by position
+            args, kwargs = parameters_to_args_kwargs(flow.fn, dict(parameters))
+            return get_call_parameters(flow.fn, args, kwargs)
         raise ParametersError(
             f"Parameters {sorted(parameters)} do not fit flow {flow.name!r}"
             f"{inspect.signature(flow.fn)}: {exc}",

@@ -325,6 +325,9 @@ class Lifecycle:
             host=self._scope.host,
             context=spec.context,
             home_loop=spec.home_loop,
+            conclude=lambda as_, message: plane.submit(
+                lambda services: self._conclude(services, run, as_, message)
+            ),
         ).start()
         # It tells of its own end. To read that as well kept the server from what came next.
         child.when_over(lambda: plane.call_soon(lambda: services.watcher.unwatch(run.id)))
@@ -352,13 +355,18 @@ class Lifecycle:
     async def _conclude_process(
         self, services: Services, child: Child[Any], run: FlowRun, end: Exit
     ) -> State[Any]:
-        """Return the last state of a run whose process is gone; write it if that did not."""
+        """Return the last state of a run whose process is gone."""
         services.watcher.unwatch(run.id)
+        return await self._conclude(services, run, *_how_it_ended(child, end))
+
+    async def _conclude(
+        self, services: Services, run: FlowRun, as_: Closing, message: str
+    ) -> State[Any]:
+        """Return the last state of a run that nothing runs any more; write it if that did not."""
         read = await _launch.patiently(lambda: services.api.read_runs([run.id]))
         state = read[0].state if read else None
         if state is not None and state.is_final():
             return state
-        as_, message = _how_it_ended(child, end)
         written = await _launch.patiently(lambda: services.api.close_run(run.id, message, as_=as_))
         return written or closing(as_, message)
 

@@ -314,7 +314,8 @@ class Supervisor(Joiners):
         name, timeout_seconds = options.get("name"), options.get("timeout_seconds")
         given = _launch.freeze_parameters(checked, parameters)
         all_tags = (*_launch.ambient_tags(checked), *_launch.check_tags(label, options.get("tags")))
-        task_inputs = _task_inputs(label, given, self._run.id)
+        # Of what was passed: Prefect knows the result of a task by its identity.
+        task_inputs = _task_inputs(label, parameters or {}, self._run.id)
         policy = self._policy_for(checked, options.get("on_parent"))
         restart = check_restart(options.get("restart"))
         after = _join.check(options.get("after") or ())
@@ -875,8 +876,13 @@ class Supervisor(Joiners):
         """Take note of a child's end, and act on a failure; in whatever thread it happens."""
         outcome = child.outcome
         assert outcome is not None
-        level = logging.WARNING if breaks_scope(outcome) else logging.INFO
-        self._logger.log(level, "Child %r ended: %s", child.name, outcome)
+        run = f" (flow run {child.flow_run_id})" if child.flow_run_id else ""
+        if breaks_scope(outcome):  # nothing else may tell of it
+            self._logger.warning("Child %r%s %s", child.name, run, child.describe_end())
+        elif outcome == "abandoned":
+            self._logger.error("Child %r%s was given up: it may still be alive", child.name, run)
+        else:
+            self._logger.info("Child %r%s ended: %s", child.name, run, outcome)
         if child.is_raced:
             return
         policy = "cancel_siblings" if child.used_up_restarts else self.options.on_child_failure

@@ -13,7 +13,9 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import DeploymentStatus
 from prefect.exceptions import ObjectNotFound, ParameterTypeError
+from prefect.flows import bind_flow_to_infrastructure
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessWorker
 from support.world import FLOWS, eventually
 
 from supervised import (
@@ -68,6 +70,16 @@ def test_a_target_that_is_neither_flow_nor_deployment_is_refused_at_once(server,
     async def act():
         with pytest.raises(InvalidTargetError, match=r"deployment|generator"):
             supervisor.spawn(target)
+
+    in_a_scope(act)
+
+
+def test_a_flow_that_is_bound_to_infrastructure_is_not_run_here_instead(server):
+    bound = bind_flow_to_infrastructure(double, work_pool="gpus", worker_cls=ProcessWorker)
+
+    async def act():
+        with pytest.raises(InvalidTargetError, match=r"supervisor\.adopt"):
+            supervisor.spawn(bound, {"x": 1})
 
     in_a_scope(act)
 
