@@ -6,7 +6,7 @@ General layout, every module importing only from those below it:
 - `_scope`: what a flow's function is wrapped in: entering, leaving, what to raise.
 - `_supervisor`: `Supervisor`; spawns, hears of the run's end, begins the teardown.
 - `_lifecycle`, `_deadline`, `_interrupts`: a child's life, the scope's time, the body's end.
-- `_orphans`, `_reap`, `_tree`: the same from outside: finding, ending and showing what is left.
+- `_by_hand`, `_orphans`, `_reap`, `_tree`: the same from outside: ending, finding and showing runs.
 - `_teardown`, `_launch`, `_watch`: the three things the control plane does for children.
 - `_escalation`, `_asking`, `_reading`, `_discovery`: what a teardown does, in turns.
 - `_grace`, `_search`, `_receipts`: how long it may take, where it looks, what it tells of a run.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 from uuid import UUID, uuid4
@@ -58,6 +59,7 @@ from supervised._bulk import LIMIT as BULK_CREATION_LIMIT
 from supervised._bulk import BulkCreation
 from supervised._clock import monotonic, utc_now
 from supervised._errors import (
+    NO_API,
     DeploymentNotFoundError,
     NoApiError,
     ParametersError,
@@ -253,10 +255,7 @@ async def open_orchestrator() -> AsyncIterator[PrefectOrchestrator]:
     try:
         client = get_client(httpx_settings={"event_hooks": hooks})
     except ValueError as exc:
-        raise NoApiError(
-            "No Prefect API is configured. Set PREFECT_API_URL, for example: "
-            "prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api"
-        ) from exc
+        raise NoApiError(NO_API) from exc
     async with client:
         api = PrefectOrchestrator(client, budget)
         try:
@@ -646,7 +645,7 @@ class PrefectOrchestrator:
         """Return the time by the server's clock; `None` if it does not tell."""
         response = await self._client.request("GET", "/hello")
         said = response.headers.get("date")
-        return parsedate_to_datetime(said) if said else None
+        return _time_of(said) if said else None
 
     async def read_limits(self, run: FlowRun) -> list[Limit]:
         """Return what limits how many runs like this one may be at work at once."""
@@ -771,6 +770,15 @@ def _is_served(found: DeploymentResponse) -> bool:
     """
     is_silent = found.status is DeploymentStatus.NOT_READY
     return not (found.paused and is_silent and found.work_pool_name is None)
+
+
+def _time_of(said: str) -> datetime | None:
+    """Return the time of a `Date` header; proxies may have repeated or broken it."""
+    try:
+        moment = parsedate_to_datetime(said)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=timezone.utc)
 
 
 def _nothing() -> None:

@@ -711,8 +711,6 @@ class Child(PrefectFuture[R], Generic[R]):
         state = self.state
         if self._outcome in {"cancelled", "abandoned"}:
             because = f" because {self.cancel_reason}" if self.cancel_reason else ""
-            if not because and not self.is_local:
-                because = " by somebody else than its parent"
             tail = " and may still be alive" if self._outcome == "abandoned" else ""
             return f"was cancelled{because}{tail}."
         if self._outcome == "detached":

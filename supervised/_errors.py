@@ -85,6 +85,12 @@ class ParametersError(SpawnError, ValueError):
     """The parameters do not fit the flow, or the deployment's schema."""
 
 
+NO_API = (
+    "No Prefect API is configured. Set PREFECT_API_URL, for example: "
+    "prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api"
+)
+
+
 class NoApiError(SpawnError):
     """No Prefect API is configured, and no ephemeral one may be started."""
 

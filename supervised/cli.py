@@ -1,17 +1,20 @@
 """The command line: `supervised tree | cancel | orphans | reap | guard`.
 
 Exit codes: 0 done; 1 a run could not be verified; 2 the command was wrong, or there is no such run;
-3 the server could not be reached, or refused.
+3 the server could not be reached, or refused; 70 a bug of ours; 130 interrupted; 141 nobody reads
+what is printed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import sys
 import threading
+import traceback
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID  # noqa: TC003 - the command line is read off the annotations
@@ -23,19 +26,20 @@ import uvicorn
 from cyclopts import App, CycloptsError, Parameter, validators
 from fastapi import FastAPI, Response
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
+from pydantic import ValidationError
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.tree import Tree
 
-from supervised import _identity
 from supervised._api import open_orchestrator
-from supervised._errors import NoApiError
+from supervised._by_hand import cancel_tree
+from supervised._errors import NO_API, NoApiError
 from supervised._lease import LeaseReader
 from supervised._orphans import find_for_certain
-from supervised._policy import is_over
-from supervised._reap import reap_below
+from supervised._text import first_line, text_of
 from supervised._tree import Node, key_of, place, read_tree
 from supervised._types import CancelReason
 from supervised.guard import Guard
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
     from supervised._types import Receipt, TeardownReport
 
 DONE, UNVERIFIED, WRONG, UNREACHABLE = 0, 1, 2, 3
+BUG, INTERRUPTED, UNREAD = 70, 130, 141  # as sysexits.h and shells have it
+_WIDE = 10_000
 _REFRESH_SECONDS = 1.0
 _MESSAGE_LENGTH = 120
 _CLOSE_SECONDS = 5.0
@@ -62,13 +68,21 @@ _COLOURS = {
     "RUNNING": "bright_blue",
 }
 
+
+class _Console(Console):
+    """Where a reader that has gone is an error, which `run` answers; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 app = App(
     name="supervised",
+    console=_Console(),
     help="Look at, and end, the trees of runs that supervised flows launch.",
     version_flags=["--version"],
     result_action="return_value",
 )
-console = Console()
 errors = Console(stderr=True)
 
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
@@ -92,11 +106,16 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are one line on standard error."""
     try:
         code = app(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or Python would fail once more when it flushes what is left, and tell of that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except Exception as exc:
-        cause = _only(exc)
-        if (said := _explained(cause)) is None:
-            raise
-        return _complain(*said)
+        if (said := _explained(_only(exc))) is not None:
+            return _complain(*said)
+        traceback.print_exc()
+        return BUG
     return code if isinstance(code, int) else DONE
 
 
@@ -115,9 +134,11 @@ def _explained(exc: BaseException) -> tuple[str, int] | None:
     if isinstance(exc, PrefectHTTPStatusError):
         return _refusal(exc), UNREACHABLE
     if isinstance(exc, httpx.TransportError):
-        return f"The Prefect server does not answer: {exc!r}", UNREACHABLE
-    if isinstance(exc, (json.JSONDecodeError, httpx.InvalidURL, OverflowError)):
-        return f"PREFECT_API_URL does not lead to a Prefect server: {exc}", UNREACHABLE
+        url = PREFECT_API_URL.value()
+        return f"The Prefect server at {url} does not answer: {exc!r}", UNREACHABLE
+    if isinstance(exc, (json.JSONDecodeError, ValidationError, httpx.InvalidURL, OverflowError)):
+        why = first_line(text_of(exc))
+        return f"PREFECT_API_URL does not lead to a Prefect server: {why}", UNREACHABLE
     return None
 
 
@@ -134,6 +155,10 @@ def _refusal(exc: PrefectHTTPStatusError) -> str:
 
 
 def _with_api(act: Callable[[PrefectOrchestrator], Awaitable[int]]) -> int:
+    if not PREFECT_API_URL.value():
+        # Prefect would start a server for this command alone, and there is nothing on that.
+        raise NoApiError(NO_API)
+
     async def run() -> int:
         async with open_orchestrator() as api:
             return await act(api)
@@ -158,8 +183,8 @@ def tree(run: UUID, /, *, once: bool = False, as_json: AsJson = False) -> int:
         node = await _tree(api, run)
         if as_json:
             _print_json(_node_json(node))
-        elif once or not console.is_terminal:
-            console.print(_drawn(node))
+        elif once or not _console().is_terminal:
+            _console().print(_drawn(node))
         else:
             await _follow(api, node)
         return DONE
@@ -175,7 +200,7 @@ async def _tree(api: PrefectOrchestrator, run_id: UUID) -> Node:
 
 
 async def _follow(api: PrefectOrchestrator, node: Node) -> None:
-    with Live(_drawn(node), console=console, auto_refresh=False) as live:
+    with Live(_drawn(node), console=_console(), auto_refresh=False) as live:
         while any(each.is_live for _, each in node.walk()):
             await anyio.sleep(_REFRESH_SECONDS)
             node = await _tree(api, node.run.id)
@@ -258,36 +283,20 @@ def cancel(
             _list_runs(live, as_json=as_json, title="would be cancelled")
             return DONE
         reason = CancelReason(source="explicit", message="it was cancelled from the command line")
-        if node.is_live and not subtree:
-            await api.request_cancel([run], f"Cancelled because {reason}")
         with _progress(f"cancelling {len(live)} run(s)", quiet=as_json):
-            report = await reap_below(
-                api,
-                _identity.lineage_of(run, node.run.labels),
-                flow_name=node.run.name,
-                cause="cancelled",
-                reason=reason,
-                grace_seconds=grace_seconds,
-                is_gone=not node.is_live,
-                spares=False,
+            report = await cancel_tree(
+                api, node, reason=reason, grace_seconds=grace_seconds, with_top=not subtree
             )
-            own_end = await _wait_for_end(api, run, grace_seconds) if not subtree else True
-        code = _report([report] if report is not None else [], as_json=as_json)
-        if not own_end:
-            _complain(f"run {run} is still not over", UNVERIFIED)
-        return code if own_end else UNVERIFIED
+        code = _report([report] if report.receipts else [], as_json=as_json)
+        if code == UNVERIFIED:
+            _complain(f"some may still be alive. Look again with: supervised tree {run}", code)
+        return code
 
-    return _with_api(act)
-
-
-async def _wait_for_end(api: PrefectOrchestrator, run_id: UUID, seconds: float) -> bool:
-    with anyio.move_on_after(seconds):
-        while True:
-            (flow_run,) = await api.read_runs([run_id]) or (None,)
-            if flow_run is None or is_over(flow_run):
-                return True
-            await anyio.sleep(_REFRESH_SECONDS)
-    return False
+    try:
+        return _with_api(act)
+    except KeyboardInterrupt:
+        told = f"Interrupted. What was asked to end goes on ending: supervised tree {run}"
+        return _complain(told, INTERRUPTED)
 
 
 # -- orphans --------------------------------------------------------------------------------------
@@ -386,9 +395,9 @@ def answering_health(service: Guard, listening: socket.socket) -> Iterator[None]
     api = FastAPI()
 
     @api.get("/health")
-    def health(response: Response) -> dict[str, bool]:
+    def health(response: Response) -> dict[str, bool | int]:
         response.status_code = 200 if service.is_healthy else 503
-        return {"healthy": service.is_healthy}
+        return {"healthy": service.is_healthy, "unverified": service.unverified}
 
     server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
     # In a thread it leaves the signals to us.
@@ -406,6 +415,16 @@ def answering_health(service: Guard, listening: socket.socket) -> Iterator[None]
 # -- printing -------------------------------------------------------------------------------------
 
 
+def _console() -> Console:
+    """Return where tables go: off a terminal, lines are as long as what they tell."""
+    console = _Console()
+    return console if console.is_terminal else _Console(width=_WIDE)
+
+
+def _ids() -> Column:
+    return Column("id", no_wrap=True, overflow="ignore")  # half of one is of no use
+
+
 def _progress(what: str, *, quiet: bool) -> Any:
     return errors.status(what, spinner="line") if not quiet else contextlib.nullcontext()
 
@@ -414,10 +433,10 @@ def _list_runs(runs: list[FlowRun], *, as_json: bool, title: str) -> None:
     if as_json:
         _print_json([_run_json(each) for each in runs])
         return
-    table = Table("run", "state", "age", "where", "id", title=f"{len(runs)} run(s) {title}")
+    table = Table("run", "state", "age", "where", _ids(), title=f"{len(runs)} run(s) {title}")
     for each in runs:
         table.add_row(each.name, str(each.state_name), _age(each), place(each), str(each.id))
-    console.print(table)
+    _console().print(table)
 
 
 def _list_orphans(found: list[Orphan], *, as_json: bool) -> None:
@@ -425,11 +444,11 @@ def _list_orphans(found: list[Orphan], *, as_json: bool) -> None:
         rows = [{**_run_json(o.run), "parent": str(o.parent_id), "why": o.why} for o in found]
         _print_json(rows)
         return
-    table = Table("run", "state", "age", "id", "why", title=f"{len(found)} orphan(s)")
+    table = Table("run", "state", "age", _ids(), "why", title=f"{len(found)} orphan(s)")
     for each in found:
         run = each.run
         table.add_row(run.name, str(run.state_name), _age(run), str(run.id), each.why)
-    console.print(table)
+    _console().print(table)
 
 
 def _report(reports: list[TeardownReport], *, as_json: bool) -> int:
@@ -437,9 +456,9 @@ def _report(reports: list[TeardownReport], *, as_json: bool) -> int:
         _print_json([_receipt_json(r) for report in reports for r in report.receipts])
     else:
         for report in reports:
-            console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+            _console().print(str(report), markup=False, highlight=False, soft_wrap=True)
         if not reports:
-            console.print("nothing was alive")
+            _console().print("nothing was alive")
     return DONE if all(report.ok for report in reports) else UNVERIFIED
 
 

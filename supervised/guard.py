@@ -95,6 +95,11 @@ class Guard:
     _heard: anyio.Event = attrs.field(factory=anyio.Event, init=False)
 
     @property
+    def unverified(self) -> int:
+        """How many runs could not be ended so far, or not be verified to have."""
+        return len(self._unverified)
+
+    @property
     def is_healthy(self) -> bool:
         """Whether the server could be looked at lately."""
         patience = 3 * self.interval_seconds + self.grace_seconds
@@ -109,7 +114,7 @@ class Guard:
                 found = await self._find()
                 # Beside the next looks: one process that cannot be ended must not hold up the
                 # others, nor the reading of leases.
-                tasks.start_soon(self._reap, self._due(found.orphans))
+                tasks.start_soon(self._reap_and_tell, self._due(found.orphans))
                 seconds = max(LEAST_SECONDS, min(self.interval_seconds, found.look_again_after))
                 with anyio.move_on_after(seconds):
                     await self._heard.wait()
@@ -119,7 +124,7 @@ class Guard:
         """Look until it is certain which of the silent processes live, as if never to look again.
 
         Returns:
-            What became of the orphans.
+            What became of the orphans, for the caller to tell of.
         """
         with _telemetry.unobserved():
             orphans = await find_for_certain(self.api, self._leases)
@@ -164,19 +169,25 @@ class Guard:
             return []
         finally:
             self._ending -= parents
-        for report in reports:
-            self._log(report)
         return reports
 
-    def _log(self, report: TeardownReport) -> None:
-        """Log a report, unless it only repeats what nobody could do anything about before."""
+    async def _reap_and_tell(self, orphans: list[Orphan]) -> None:
+        for report in await self._reap(orphans):
+            self.tell(report)
+
+    def tell(self, report: TeardownReport) -> None:
+        """Log a report, in short if it repeats what nobody could do anything about before."""
         failed = {r.flow_run_id for r in report.unverified if r.flow_run_id is not None}
         is_known = bool(failed) and failed <= self._unverified.keys()
         for run_id in failed:
             earlier = self._unverified.get(run_id)
             self._unverified[run_id] = _Patience.after(earlier)
-        level = logging.DEBUG if is_known else logging.INFO if report.ok else logging.ERROR
-        logger.log(level, "%s", report)
+        if is_known:
+            pause = min(self._unverified[run_id].seconds for run_id in failed)
+            what = f"{len(failed)} run(s) below {report.flow_name!r} {report.flow_run_id}"
+            logger.info("%s could still not be ended; trying again in %.0f s", what, pause)
+            return
+        logger.log(logging.INFO if report.ok else logging.ERROR, "%s", report)
 
     async def _listen(self) -> None:
         """Look soon after any run has ended; a lost stream costs speed, not certainty."""
@@ -203,5 +214,8 @@ async def guard(grace_seconds: float = 20.0) -> list[str]:
         One line for each run that was ended.
     """
     async with open_orchestrator() as api:
-        reports = await Guard(api, grace_seconds=grace_seconds).look_for_certain()
+        service = Guard(api, grace_seconds=grace_seconds)
+        reports = await service.look_for_certain()
+        for report in reports:
+            service.tell(report)
     return [str(receipt) for report in reports for receipt in report.receipts]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -81,6 +84,37 @@ def test_an_address_that_is_no_prefect_server_is_one_clear_line(command, capsys)
     assert "does not lead to a Prefect server" in said(capsys)
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize("body", ["{}", "[1]", '"ready"'])
+def test_answers_that_are_not_prefects_are_one_clear_line(body, command, capsys):
+    with answering(200, body) as url, temporary_settings({PREFECT_API_URL: url}):
+        assert cli.run(command) == cli.UNREACHABLE
+    assert "does not lead to a Prefect server" in said(capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_no_server_is_started_to_look_at(command, capsys):
+    """Nothing is on it, and who is on call would read that all is well."""
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        assert cli.run(command) == cli.UNREACHABLE
+    assert "prefect config set PREFECT_API_URL" in said(capsys)
+
+
+def test_a_reader_that_has_gone_is_no_error_of_ours():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "supervised.cli", "--help"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (cli.UNREAD, "")
+
+
+def test_a_bug_is_told_with_its_place_and_not_as_a_run_that_may_be_alive(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_with_api", lambda act: 1 // 0)
+    assert cli.run(["orphans"]) == cli.BUG
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -112,4 +146,7 @@ def test_a_guard_is_healthy_while_it_can_look_at_the_server():
             assert httpx.get(url, timeout=60).status_code == 503
             guard.looked_at = time.monotonic()  # not by the clock of the simulation
             healthy = httpx.get(url, timeout=60)
-            assert (healthy.status_code, healthy.json()) == (200, {"healthy": True})
+            assert (healthy.status_code, healthy.json()) == (
+                200,
+                {"healthy": True, "unverified": 0},
+            )

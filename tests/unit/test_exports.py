@@ -175,7 +175,7 @@ def test_an_exception_survives_the_way_from_a_child_process_to_its_parent(name, 
 
 def test_a_child_error_says_what_which_and_where():
     assert str(an_error("ChildFailed")) == (
-        f"Child 'score' (flow run {RUN}) failed: bad See http://ui.test/runs/flow-run/7"
+        f"Child 'score' (flow run {RUN}) failed: bad. See http://ui.test/runs/flow-run/7"
     )
     assert str(supervised.ChildFailed("failed: bad", child="score")) == "Child 'score' failed: bad"
 
