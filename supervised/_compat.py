@@ -9,6 +9,7 @@ looks up a `_compat` of its own, and would find this module among the globals.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import prefect
 import prefect.flows
 from prefect.context import FlowRunContext
+from prefect.exceptions import CancelledRun
 from prefect.results import (  # type: ignore[attr-defined,unused-ignore]
     ResultRecordMetadata,  # pyright: ignore[reportPrivateImportUsage]  # moved in 3.9
 )
@@ -224,6 +226,28 @@ def is_called_by_runner() -> bool:
 def run_coroutine(coroutine: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine from sync code, whether or not a loop runs in this thread."""
     run_coro_as_sync(coroutine)
+
+
+class _ExpectsCancellation(logging.Filter):
+    """Keeps quiet of a cancelled run what Prefect says of one that has broken its engine."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        exc = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(exc, CancelledRun) and _UNEXPECTED in record.getMessage())
+
+
+_EXPECTS_CANCELLATION = _ExpectsCancellation()  # a logger takes one and the same once
+_UNEXPECTED = "exited with unexpected exception"
+
+
+def expect_cancellation() -> None:
+    """Let Prefect not log as an error, with a traceback, that this run has ended `Cancelled`.
+
+    It does where a run's process begins (3.9.1, `run_flow` in flow_engine.py and
+    `handle_engine_signals` in engine.py): of a flow that returns the state, not of a plain one.
+    """
+    for name in ("prefect.flow_runs", "prefect.engine"):
+        logging.getLogger(name).addFilter(_EXPECTS_CANCELLATION)
 
 
 def state_result(state: State[Any]) -> Any:

@@ -511,6 +511,7 @@ class _Verdict:
     def unwrap(self) -> Any:
         if self.cancelled is not None:
             # A returned state becomes the run's state; a raised CancelledError would crash it.
+            compat.expect_cancellation()
             return Cancelled(message=self.cancelled)
         if self.exc is not None:
             raise self.exc

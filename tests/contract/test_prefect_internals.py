@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.flow_engine import run_flow, run_flow_in_subprocess
+from prefect.states import Cancelled
 from prefect.utilities.engine import capture_sigterm
 
 from supervised import _compat
@@ -135,6 +137,25 @@ def test_a_runner_sees_our_hook_and_nobody_else(server, caplog):
         asyncio.run(run_hooks(client.create_flow_run(parent)))
     assert called == [[mine]]
     assert "Hook 'end_what_is_left' finished running successfully" in caplog.text
+
+
+def test_what_prefect_logs_of_a_cancelled_run_is_known_by_its_words(server, caplog):
+    @flow
+    def broken():
+        raise ValueError("broken")
+
+    @flow
+    def cancelled():
+        return Cancelled()
+
+    _compat.expect_cancellation()
+    logger = logging.getLogger("prefect.flow_runs")
+    for each, is_told in [(broken, True), (cancelled, False)]:
+        caplog.clear()
+        with pytest.raises(Exception):  # noqa: B017 - whatever it is
+            run_flow(each, error_logger=logger)
+        told = "Engine execution exited with unexpected exception" in caplog.text
+        assert told == is_told
 
 
 def test_a_block_can_be_outside_of_all_runs():

@@ -121,7 +121,10 @@ def test_the_guard_ends_plain_children_of_a_lost_parent(
             seconds=LEASE + SOON,
             what="the guard has ended them",
         )
-        assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"healthy": True, "unverified": 0}
+        assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {
+            "healthy": True,
+            "unverified": 0,
+        }
         guard.send_signal(signal.SIGTERM)
         assert guard.wait(30) == 0
     assert "has not been heard of" in log.read_text()

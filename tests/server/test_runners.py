@@ -1,11 +1,13 @@
 """The same holds without a runner, under a process worker, and under `flow.serve()`."""
 
+import logging
 import os
 import signal
 import sys
 
 import pytest
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import LogFilter
 from support.world import FLOWS, World, eventually
 from test_teardown import LEAVES, SOON, assert_all_gone, assert_cancelled_below
 
@@ -114,6 +116,26 @@ def test_a_body_that_is_cancelled_may_clean_up_for_longer_than_its_children(
         deployed.cancel(root)
     eventually(lambda: not deployed.alive(), seconds=SOON + 10, what="all processes are gone")
     assert {each.name for each in deployed.folder.glob("tidied*")} == {"tidied", "tidied-sync"}
+
+
+def test_a_run_that_is_cancelled_logs_no_error(deployed: World) -> None:
+    """Errors in logs wake people: a plain run, cancelled, logs none either."""
+    root = deployed.start("mid-sync/test", leaves=1)
+    deployed.wait_for_start(2)
+    deployed.cancel(root.id)
+    eventually(lambda: not deployed.alive(), seconds=SOON, what="its process is gone")
+    chosen = LogFilter.model_validate({"flow_run_id": {"any_": [root.id]}})
+
+    def told() -> list[str]:
+        logs = deployed.client.read_logs(chosen)
+        return [f"{logging.getLevelName(log.level)} {log.message}" for log in logs]
+
+    eventually(
+        lambda: any("Finished in state Cancelled" in each for each in told()),
+        seconds=SOON,
+        what="its log has arrived",
+    )
+    assert not [each for each in told() if each.startswith(("ERROR", "CRITICAL"))]
 
 
 def test_cancelling_under_a_process_worker_takes_the_tree_along(deployed: World) -> None:
