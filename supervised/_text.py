@@ -28,7 +28,7 @@ def sendable(text: str) -> str:
 
     Example:
         ```python
-        sendable("caf\udce9.csv\0")  # 'caf\\udce9.csv\\x00'
+        sendable("\udce9t\udce9.csv\0")  # '\\udce9t\\udce9.csv\\x00'
         ```
     """
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -256,9 +256,9 @@ def test_a_message_that_is_no_unicode_cannot_be_sent(stage):
     async def test(stage):
         run_id = await a_child(stage, stage.new_parent(), Running())
         with pytest.raises(UnicodeEncodeError):
-            await stage.api.request_cancel([run_id], "no such file: caf\udce9.csv")
+            await stage.api.request_cancel([run_id], "no such file: \udce9t\udce9.csv")
         with pytest.raises(UnicodeEncodeError):
-            await stage.api.close_run(run_id, "no such file: caf\udce9.csv")
+            await stage.api.close_run(run_id, "no such file: \udce9t\udce9.csv")
         assert (await state_of(stage, run_id)) == StateType.RUNNING
 
     stage.act(test)

@@ -22,7 +22,7 @@ def odd_flow() -> None:
 
 def test_a_run_is_cancelled_because_of_an_error_whose_text_no_server_takes(tmp_path):
     """A lone surrogate is no UTF-8, and PostgreSQL stores no NUL: that went on running."""
-    error = FileNotFoundError(f"no such file: caf\udce9.csv, \0, {LONG}")
+    error = FileNotFoundError(f"no such file: \udce9t\udce9.csv, \0, {LONG}")
     reason = parent_reason("failed", "odd", text_of(error))
 
     async def cancel(run_id):
@@ -35,5 +35,5 @@ def test_a_run_is_cancelled_because_of_an_error_whose_text_no_server_takes(tmp_p
         asyncio.run(cancel(run.id))
         state = world.run(run.id).state
         assert state.is_cancelling()
-        assert "no such file: caf\\udce9.csv, \\x00, xxx" in state.message
+        assert "no such file: \\udce9t\\udce9.csv, \\x00, xxx" in state.message
         assert len(state.message) <= 2_000

@@ -27,7 +27,7 @@ if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 ANY_TEXT = st.text(st.characters(codec=None, categories=None))  # lone surrogates, too
-ODD_NAME = "caf\udce9.csv"  # os.fsdecode(b"caf\xe9.csv")
+ODD_NAME = "\udce9t\udce9.csv"  # os.fsdecode(b"\xe9t\xe9.csv")
 
 # -- laws ---------------------------------------------------------------------------------------
 
