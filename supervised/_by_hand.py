@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import anyio
+import httpx
 from prefect.utilities.urls import url_for
 
 from supervised import _clock, _identity
@@ -56,7 +57,7 @@ async def cancel_tree(
         flow_name=node.run.name,
         cause="cancelled",
         reason=reason,
-        grace_seconds=grace_seconds,
+        grace_seconds=max(0.0, grace_seconds - (_clock.monotonic() - began)),
         is_gone=not node.is_live,
         spares=False,
     )
@@ -82,10 +83,14 @@ async def _ask(api: Orchestrator, run_id: UUID, message: str) -> str:
     why = "the server has not answered"
     with anyio.move_on_after(_ASKING_SECONDS):
         while True:
-            (ack,) = await api.request_cancel([run_id], message)
-            if ack.accepted:
-                return ""
-            why = f"the server has refused the request: {ack.detail}"
+            try:
+                (ack,) = await api.request_cancel([run_id], message)
+            except httpx.TransportError as exc:
+                why = f"the server does not answer: {exc!r}"
+            else:
+                if ack.accepted:
+                    return ""
+                why = f"the server has refused the request: {ack.detail}"
             await anyio.sleep(_LOOK_SECONDS)
     return why
 

@@ -11,9 +11,10 @@ import dataclasses
 import enum
 import hashlib
 import json
+import pickle
 from array import array
 from collections import UserList, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -29,6 +30,7 @@ from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 _BUILT_IN = (int, float, complex, str, bytes)
 _SECRETS = (Secret, SecretStr, SecretBytes)
 _SIMPLE = {int, float, complex, str, bytes, bool, type(None)}
+_JSON = {str, int, float, bool, type(None)}
 _PLAIN = (range, int, float, complex, str, bytes, Decimal, UUID, date, time, timedelta, PurePath)
 
 
@@ -45,6 +47,22 @@ def digest(*values: Any) -> str | None:
     except Exception:  # what a user's class does when it is looked at, too deep nesting
         return None
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is nothing but JSON, which everybody writes alike."""
+    if type(value) in _JSON:
+        return True
+    if type(value) is dict:
+        return {type(key) for key in value} <= {str} and _are_plain(value.values())
+    return type(value) is list and _are_plain(value)
+
+
+def _are_plain(values: Iterable[Any]) -> bool:
+    # At once where that is all: there may be millions.
+    return all(kind in _JSON for kind in {type(each) for each in values}) or all(
+        map(is_plain, values)
+    )
 
 
 def closure(fn: FunctionType) -> tuple[Any, ...]:
@@ -153,8 +171,9 @@ class _Hasher:
         self._hash = hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        self._hash.update(data)
-        return len(data)
+        raw = pickle.PickleBuffer(data).raw()  # an array's buffer has a shape
+        self._hash.update(raw)
+        return raw.nbytes
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

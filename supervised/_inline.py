@@ -21,7 +21,7 @@ from supervised._context import current_child
 from supervised._errors import ParametersError
 from supervised._log import get_logger, run_logger
 from supervised._policy import outcome_of
-from supervised._text import text_of
+from supervised._text import clause, text_of
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -207,7 +207,7 @@ class InlineRun:
 
     def _never_begins(self, as_: Closing, why: str, exc: BaseException | None = None) -> None:
         """End a child that Prefect leaves `Pending`: what it was to be given cannot be had."""
-        message = f"It did not begin: {why}"
+        message = clause(f"It did not begin: {why}")
 
         def settle(concluded: concurrent.futures.Future[State[Any]]) -> None:
             is_known = not concluded.cancelled() and concluded.exception() is None
@@ -233,6 +233,9 @@ class InlineRun:
         def body(*args: Any, **kwargs: Any) -> Any:
             try:
                 result = None if self._begins_cancelled() else flow.fn(*args, **kwargs)
+            except asyncio.CancelledError:  # nobody can cancel a thread
+                self._has_leaked = self._child.cancel_reason is None
+                raise
             except Exception:
                 if self._child.cancel_reason is None:
                     raise
@@ -256,7 +259,7 @@ class InlineRun:
             except asyncio.CancelledError:
                 if _own_timeout(flow, started) or self._engine_handles_it():
                     raise
-                if self._has_leaked_in():
+                if self._child.cancel_reason is None and not is_cancelled_itself():
                     self._has_leaked = True
                     raise
                 uncancel()
@@ -278,12 +281,6 @@ class InlineRun:
     def _engine_handles_it(self) -> bool:
         """Whether a runner cancels the whole process, which Prefect's engine does right."""
         return self._child.cancel_reason is None and self._host.termination_intent() is not None
-
-    def _has_leaked_in(self) -> bool:
-        """Whether it was not this task that was cancelled, but something that it has waited for."""
-        task: Any = asyncio.current_task()
-        counts = hasattr(task, "cancelling")  # Python 3.11
-        return counts and not task.cancelling() and self._child.cancel_reason is None
 
     def _message(self) -> str:
         reason = self._child.cancel_reason
@@ -310,6 +307,13 @@ def refused(
     )
     error.__cause__ = cause
     return error
+
+
+def is_cancelled_itself() -> bool:
+    """Whether this task was cancelled, and not something that it has waited for."""
+    task: Any = asyncio.current_task()
+    counts = hasattr(task, "cancelling")  # since Python 3.11; before, nobody knows
+    return not counts or bool(task.cancelling())
 
 
 def uncancel() -> None:

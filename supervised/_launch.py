@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from uuid import UUID, uuid4
 
 import anyio
@@ -21,13 +21,13 @@ from prefect.context import TagsContext
 from prefect.flows import Flow
 from prefect.futures import PrefectFlowRunFuture
 from prefect.utilities.callables import get_call_parameters, parameters_to_args_kwargs
-from pydantic_core import PydanticSerializationError
+from pydantic_core import to_jsonable_python
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, wait_random
 
 from supervised import _clock, _identity
 from supervised import _compat as compat
 from supervised._api import Deployment, Orchestrator, RunRequest
-from supervised._canonical import closure, digest
+from supervised._canonical import closure, digest, is_plain
 from supervised._errors import (
     DeploymentPausedError,
     InvalidTargetError,
@@ -216,12 +216,13 @@ def freeze_parameters(
     if isinstance(target, Flow):
         return given
     try:
+        if is_plain(given):
+            return cast("dict[str, Any]", to_jsonable_python(given, inf_nan_mode="null"))
         request = DeploymentFlowRunCreate(parameters=given)  # as Prefect's client makes it
-        sent = request.model_dump(mode="json", include={"parameters"})
-    except (PydanticSerializationError, ValueError, RecursionError):
+        frozen: dict[str, Any] = request.model_dump(mode="json", include={"parameters"})
+    except Exception:  # what a user's class does when it is looked at
         return given
-    frozen: dict[str, Any] = sent["parameters"]
-    return frozen
+    return cast("dict[str, Any]", frozen["parameters"])
 
 
 def bind_parameters(flow: Flow[..., Any], parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,13 @@ from prefect.states import Cancelled
 from supervised import _compat as compat
 from supervised._control import wait_in_slices
 from supervised._errors import SpawnError
-from supervised._inline import refused, run_cancellation_hooks, run_hooks, uncancel
+from supervised._inline import (
+    is_cancelled_itself,
+    refused,
+    run_cancellation_hooks,
+    run_hooks,
+    uncancel,
+)
 from supervised._log import get_logger
 from supervised._policy import outcome_of
 from supervised._text import text_of
@@ -200,23 +206,30 @@ class ProcessRun:
     def _begin(self) -> multiprocessing.process.BaseProcess | None:
         if self._is_stopped:
             return None
-        self._parameters = self._validated()
-        try:
-            process = self._start_process()
-        except Exception:
-            # The context has the parent's flow in it, with everything that its body uses.
-            with compat.outside_of_runs():
-                process = self._start_process()
-        self._process = process
+        process = self._process = self._start_somehow(self._validated())
         if self._is_stopped:
             self._stop(process)
         return process
 
-    def _start_process(self) -> multiprocessing.process.BaseProcess:
+    def _start_somehow(self, validated: Mapping[str, Any]) -> multiprocessing.process.BaseProcess:
+        with suppress(Exception):
+            return self._start_process(validated)
+        # The context has the parent's flow in it, with everything that its body uses.
+        with compat.outside_of_runs():
+            with suppress(Exception):
+                return self._start_process(validated)
+            # A model may have been given a lock, where what was passed has none.
+            return self._start_process(
+                self._parameters, validates=self._flow.should_validate_parameters
+            )
+
+    def _start_process(
+        self, parameters: Mapping[str, Any], *, validates: bool = False
+    ) -> multiprocessing.process.BaseProcess:
         return compat.run_flow_in_process(
-            self._prepared(),
+            self._prepared(validates=validates),
             self._run,
-            self._parameters,
+            parameters,
             context=serialize_context(),
             env={"PREFECT__FLOW_RUN_ID": str(self._run.id)},
         )
@@ -237,12 +250,12 @@ class ProcessRun:
         except ParameterTypeError as exc:
             raise refused(self._child, self._flow, self._parameters, exc) from exc
 
-    def _prepared(self) -> Flow[..., Any]:
+    def _prepared(self, *, validates: bool) -> Flow[..., Any]:
         """Return a copy of the flow whose function works with this side."""
         flow = copy.copy(self._flow)
         if self._child.run_name is not None:
             flow.flow_run_name = None  # an explicit name wins over the flow's template
-        flow.should_validate_parameters = False  # they have been
+        flow.should_validate_parameters = validates
         body = _Body(str(self._folder), os.getpid(), self._grace_seconds)
         flow.fn = body.around_async(self._flow) if flow.isasync else body.around_sync(self._flow)
         return flow
@@ -316,6 +329,8 @@ class _Body:
                 raise
             except (TerminationSignal, asyncio.CancelledError) as exc:
                 if isinstance(exc, asyncio.CancelledError):
+                    if not is_cancelled_itself():
+                        raise
                     uncancel()
                 await _run_hooks(flow, self._message())
                 return self._cancelled_state()

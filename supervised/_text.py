@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +66,10 @@ def headline(errors: Sequence[BaseException]) -> str:
 
 
 def _members(error: BaseException) -> Sequence[BaseException]:
-    members: Sequence[BaseException] | None = getattr(error, "exceptions", None)
-    if not isinstance(members, tuple):
+    """Return the errors in a group, and in its groups; of any other one, itself."""
+    if not isinstance(error, BaseExceptionGroup):
         return [error]
+    members: Sequence[BaseException] = error.exceptions
     return [each for member in members for each in _members(member)]
 
 

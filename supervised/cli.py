@@ -106,7 +106,8 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are one line on standard error."""
     try:
         code = app(arguments, exit_on_error=False, print_error=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as under `>&-`
+            sys.stdout.flush()
     except BrokenPipeError:
         # Or Python would fail once more when it flushes what is left, and tell of that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

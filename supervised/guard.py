@@ -112,10 +112,12 @@ class Guard:
             while True:
                 self._heard = anyio.Event()
                 found = await self._find()
-                # Beside the next looks: one process that cannot be ended must not hold up the
-                # others, nor the reading of leases.
-                tasks.start_soon(self._reap_and_tell, self._due(found.orphans))
-                seconds = max(LEAST_SECONDS, min(self.interval_seconds, found.look_again_after))
+                seconds = self.interval_seconds
+                if found is not None:
+                    # Beside the next looks: one process that cannot be ended must not hold up the
+                    # others, nor the reading of leases.
+                    tasks.start_soon(self._reap_and_tell, self._due(found.orphans))
+                    seconds = max(LEAST_SECONDS, min(seconds, found.look_again_after))
                 with anyio.move_on_after(seconds):
                     await self._heard.wait()
                     await anyio.sleep(min(_SETTLE_SECONDS, seconds))
@@ -130,14 +132,15 @@ class Guard:
             orphans = await find_for_certain(self.api, self._leases)
         return await self._reap(orphans)
 
-    async def _find(self) -> Findings:
+    async def _find(self) -> Findings | None:
+        """Return what there is to end; `None` if the server did not tell."""
         try:
             with _telemetry.unobserved():
                 found = await find_orphans(self.api, self._leases)
         except Exception as exc:
             logger.warning("Could not look for orphans, trying again: %r", exc)
             logger.debug("Looking failed", exc_info=True)
-            return Findings([])
+            return None
         self.looked_at = _clock.monotonic()
         return found
 

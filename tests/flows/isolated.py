@@ -4,9 +4,13 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import pydantic
 from prefect import flow
 from prefect.logging import get_run_logger
 
@@ -37,6 +41,24 @@ def pid_of():
 async def pid_of_async():
     await asyncio.sleep(0)
     return os.getpid()
+
+
+@flow
+def sums(numbers: Iterable[int]):
+    return sum(numbers)
+
+
+class Locked(pydantic.BaseModel):
+    """Has a lock of its own."""
+
+    three: int = 3
+    _lock: Any = pydantic.PrivateAttr(default_factory=threading.Lock)
+
+
+@flow
+def locks(model: Locked):
+    with model._lock:
+        return model.three
 
 
 @flow

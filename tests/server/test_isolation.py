@@ -204,6 +204,19 @@ def test_parameters_are_converted_to_their_types_wherever_it_runs():
     assert asyncio.run(parent()) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("target", "given"), [(isolated.sums, {"numbers": ["1", 2]}), (isolated.locks, {"model": {}})]
+)
+def test_what_its_types_make_of_parameters_need_not_be_picklable(target, given):
+    """It is what was passed that goes into the process then."""
+
+    @supervised_flow
+    async def parent():
+        return await supervisor.spawn(target, given, isolation="process")
+
+    assert asyncio.run(parent()) == 3
+
+
 def test_what_an_earlier_try_raised_is_not_the_cause_of_the_last_ones_end():
     @supervised_flow(on_child_failure="ignore")
     async def parent():

@@ -7,10 +7,12 @@ import enum
 import functools
 import math
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import PurePosixPath
@@ -21,12 +23,13 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from prefect import flow
+from prefect.client.schemas.actions import DeploymentFlowRunCreate
 from pydantic import BaseModel, Field, SecretBytes, SecretStr
 
 from supervised import supervised_flow, supervisor
-from supervised._canonical import closure, digest
+from supervised._canonical import closure, digest, is_plain
 from supervised._identity import default_key, is_comparable
-from supervised._launch import code_of
+from supervised._launch import code_of, freeze_parameters
 from supervised.testing import FakePrefect
 
 
@@ -259,7 +262,7 @@ from pydantic import SecretStr
 
 from supervised._canonical import digest
 from supervised._identity import default_key
-from supervised._launch import code_of
+from supervised._launch import code_of, freeze_parameters
 
 names = [f"part-{number}" for number in range(50)]
 def make(constant):
@@ -442,3 +445,66 @@ def test_two_flows_of_one_name_are_told_apart_by_where_they_are():
 
 def test_the_code_of_a_deployment_is_not_known_here():
     assert code_of("score/gpu") == code_of(UUID(int=1)) == ""
+
+
+class Array:
+    """Is pickled as arrays are: its buffer, as it lies in memory."""
+
+    def __init__(self, buffer):
+        self.buffer = buffer
+
+    def __reduce_ex__(self, protocol):
+        return Array, (pickle.PickleBuffer(self.buffer),)
+
+
+@pytest.mark.parametrize("size", [1, 1_000_000])
+@pytest.mark.parametrize("rows", [1, 10])
+def test_arrays_of_the_same_content_are_the_same_work(size, rows):
+    def array(byte):
+        return Array(memoryview(bytes([byte]) * (rows * size)).cast("B", (rows, size)))
+
+    assert digest(array(1)) is not None
+    assert digest(array(1)) == digest(array(1))
+    assert digest(array(1)) != digest(array(2))
+
+
+def test_a_sequence_that_fetches_what_it_has_is_not_read():
+    class Pages(Sequence):
+        def __len__(self):
+            return 1_000_000
+
+        def __getitem__(self, at):
+            raise AssertionError("it was fetched")
+
+    digest(Pages())
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_what_is_json_is_sent_to_a_deployment_as_prefects_client_sends_it(value):
+    assert is_plain(value)
+    request = DeploymentFlowRunCreate(parameters={"value": value})
+    sent = request.model_dump(mode="json", include={"parameters"})["parameters"]
+    frozen = freeze_parameters("score/gpu", {"value": value})
+    assert repr(frozen) == repr(sent)
+    assert frozen["value"] is not value or not isinstance(value, (list, dict)), "it is a copy"
+
+
+@pytest.mark.parametrize(
+    "value", [(1,), {1: 2}, {"a": [{1}]}, Colour.RED, [date(2024, 1, 1)], b"a"]
+)
+def test_what_only_becomes_json_is_not_taken_for_it(value):
+    assert not is_plain(value)
+
+
+def test_parameters_that_raise_when_they_are_looked_at_are_left_to_the_request():
+    class Fussy(list):
+        def __init__(self, first, second):
+            super().__init__([first, second])
+
+    given_ones = {"value": Fussy(date(2024, 1, 1), SecretStr("a"))}
+    assert freeze_parameters("score/gpu", given_ones)["value"]

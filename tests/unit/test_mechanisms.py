@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from uuid import uuid4
 
+import anyio
 import httpx
 import pytest
 from prefect.exceptions import Pause
@@ -170,6 +172,28 @@ def test_a_guard_ends_what_nobody_else_can():
         prefect.runners["root"].kill()
         root.kill()
         prefect.until(lambda: not below(root), within=LATER)
+
+
+def test_a_guard_that_cannot_look_remembers_what_it_could_not_end(monkeypatch):
+    """Or it would report it in full again, and answer meanwhile that nothing is left."""
+    looks = []
+
+    async def fail(*_):
+        looks.append(1)
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(guard, "find_orphans", fail)
+    with FakePrefect() as prefect:
+        service = guard.Guard(prefect.connect(), interval_seconds=5)
+        service._unverified[uuid4()] = guard._Patience.after(None)
+
+        async def watch():
+            with anyio.move_on_after(30):
+                await service.run()
+
+        prefect.call(watch())
+    assert len(looks) > 3
+    assert service.unverified == 1
 
 
 def test_several_guards_do_what_one_does(caplog):

@@ -99,6 +99,13 @@ def test_a_failure_that_has_no_text_is_told_all_the_same():
     assert headline([KeyError(), Mute()]) == "KeyError; Mute: (it has no text)"
 
 
+def test_an_exception_that_only_looks_like_a_group_is_told_itself():
+    class Several(Exception):
+        exceptions = ()
+
+    assert headline([Several("lost")]) == "Several: lost"
+
+
 @pytest.mark.parametrize(
     ("text", "line"), [("", ""), ("\n \n", ""), ("\n  the cause \nmore", "the cause")]
 )
