@@ -106,7 +106,7 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors are one line on standard error."""
     try:
         code = app(arguments, exit_on_error=False, print_error=False)
-        if sys.stdout is not None:  # as under `>&-`
+        with contextlib.suppress(AttributeError):  # under `>&-` there is no standard output
             sys.stdout.flush()
     except BrokenPipeError:
         # Or Python would fail once more when it flushes what is left, and tell of that.
