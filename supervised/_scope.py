@@ -44,6 +44,10 @@ try:
 except ImportError:  # Python 3.10
     from exceptiongroup import ExceptionGroup
 
+# A signal mostly ends the loop, which cancels its tasks; but its exception is raised wherever the
+# main thread is, and that may be in the very step of the task that waits.
+_INTERRUPTS = (asyncio.CancelledError, TerminationSignal, KeyboardInterrupt)
+
 # What a teardown may take beyond its grace: one last read, and the report.
 _SLACK_SECONDS = 5.0
 _CLOSE_SECONDS = 3.0
@@ -377,7 +381,7 @@ async def _leave_async(supervisor: Supervisor, result: Any, exc: BaseException |
             break
     try:
         await _tidy_async(leaving)
-    except asyncio.CancelledError as interrupt:
+    except _INTERRUPTS as interrupt:
         leaving.interrupted_by(interrupt)
     return await _conclude_async(leaving, result)
 
@@ -411,10 +415,12 @@ async def _wait_shielded(
 ) -> None:
     """Wait out a future under cancellation: anyio scopes are shielded off, signals remembered."""
     with anyio.CancelScope(shield=True):
-        while not future.done() and not gives_up():
+        while True:
             try:
+                if future.done() or gives_up():
+                    return
                 await asyncio.wait([asyncio.wrap_future(future)], timeout=SLICE_SECONDS)
-            except asyncio.CancelledError as interrupt:
+            except _INTERRUPTS as interrupt:
                 leaving.interrupted_by(interrupt)
 
 
