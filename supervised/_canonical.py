@@ -60,9 +60,7 @@ def is_plain(value: Any) -> bool:
 
 def _are_plain(values: Iterable[Any]) -> bool:
     # At once where that is all: there may be millions.
-    return all(kind in _JSON for kind in {type(each) for each in values}) or all(
-        map(is_plain, values)
-    )
+    return {type(each) for each in values} <= _JSON or all(map(is_plain, values))
 
 
 def closure(fn: FunctionType) -> tuple[Any, ...]:

@@ -206,12 +206,13 @@ class ProcessRun:
     def _begin(self) -> multiprocessing.process.BaseProcess | None:
         if self._is_stopped:
             return None
-        process = self._process = self._start_somehow(self._validated())
+        process = self._process = self._start(self._validated())
         if self._is_stopped:
             self._stop(process)
         return process
 
-    def _start_somehow(self, validated: Mapping[str, Any]) -> multiprocessing.process.BaseProcess:
+    def _start(self, validated: Mapping[str, Any]) -> multiprocessing.process.BaseProcess:
+        """Start the process with as much of what it is to be given as can be pickled."""
         with suppress(Exception):
             return self._start_process(validated)
         # The context has the parent's flow in it, with everything that its body uses.
